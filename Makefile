@@ -1,0 +1,57 @@
+# `make demo` and `make test` set everything up by themselves, in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A file that pins versions, such as tests/lowest.txt
+CONSTRAINTS ?=
+# The tests that need neither training, nor the command line, nor full-size networks.
+QUICK := tests/test_published.py tests/test_plan.py tests/test_schedules.py \
+	tests/test_prediction.py tests/test_sampler.py tests/test_checkpoint.py tests/test_pipeline.py
+# For `make networks`, e.g. --data fashion_mnist.npz; without it tensorflow-datasets is asked.
+DATA ?=
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+.PHONY: demo test quick lint networks clean
+
+demo: $(VENV)/.demo-ready
+	$(BIN)/tstitch networks
+	$(BIN)/tstitch sample --out samples.png
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+quick: $(VENV)/.test-ready
+	$(BIN)/python -m pytest -n 2 $(QUICK)
+
+lint: $(VENV)/.test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+# Trains the embedded networks anew.
+networks: $(VENV)/.test-ready
+	for name in s xl; do \
+		$(BIN)/tstitch train configs/fashion_$$name.py $(DATA) && \
+		rm -rf tstitch_jax/embedded/fashion-$$name && \
+		cp -r runs/fashion-$$name/network tstitch_jax/embedded/fashion-$$name || exit 1; \
+	done
+
+clean:
+	rm -rf .venv* build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# Debian and Ubuntu keep venv in a package of its own.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -c 'import ensurepip' || { $(SUDO) apt-get update -qq && \
+		$(SUDO) apt-get install -y -qq python3-venv; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo-ready: $(BIN)/pip setup.py
+	$(BIN)/python -m pip install --quiet -e . $(addprefix -c ,$(CONSTRAINTS))
+	touch $@
+
+$(VENV)/.test-ready: $(BIN)/pip setup.py $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet -e '.[test]' $(addprefix -c ,$(CONSTRAINTS))
+	touch $@

@@ -1,0 +1,45 @@
+"""What the runs on Fashion-MNIST share; fashion_s.py and fashion_xl.py add a size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tstitch_jax.training import TrainConfig
+from tstitch_jax.types import Card
+
+
+def make(name: str, size: dict[str, Any], **training: Any) -> TrainConfig:
+    """A run that trains a network ``name`` of that size for its share of the steps."""
+    card = Card(
+        name=name,
+        architecture="dit",
+        config={**size, "patch": 4},
+        target="v",
+        learned_variance=False,
+        schedule={"name": "cosine"},
+        image_shape=(28, 28, 1),
+        num_classes=10,
+        class_names=(
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        ),
+        source=f"tstitch train configs/{name.replace('-', '_')}.py",
+        data="Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, MIT license), 60,000 training images",
+        license="Apache-2.0",
+    )
+    return TrainConfig(
+        card=card,
+        data="tfds:fashion_mnist",
+        warmup=300,
+        save_every=1000,
+        stored_dtype="float16",
+        **training,
+    )

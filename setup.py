@@ -1,0 +1,46 @@
+"""Packaging of tstitch_jax."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(
+    r'__version__ = "(.+)"', (here / "tstitch_jax" / "__init__.py").read_text()
+).group(1)
+
+setup(
+    name="tstitch_jax",
+    version=version,
+    description="Trajectory stitching for diffusion models in JAX",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["tstitch_jax", "tstitch_jax.*"]),
+    package_data={"tstitch_jax": ["embedded/**/*"]},
+    install_requires=[
+        "jax>=0.7.0",
+        "flax>=0.11.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "numpy>=2.0",
+        "jaxtyping>=0.3.0",
+        "pillow>=10.1",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "train": ["tensorflow-datasets>=4.9.9"],
+        "test": [
+            "tensorflow-datasets>=4.9.9",
+            "beartype>=0.20",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "basedpyright>=1.20",
+            "ruff>=0.9",
+        ],
+    },
+    entry_points={"console_scripts": ["tstitch=tstitch_jax.cli:main"]},
+)

@@ -1,0 +1,37 @@
+"""Eight CPU devices, strict dtypes, and jaxtyping checked at run time, before anything else."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from jaxtyping import install_import_hook
+
+hook = install_import_hook("tstitch_jax", "beartype.beartype")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+from hypothesis import settings
+
+import tstitch_jax  # noqa: F401  # under the hook, before any test module imports a part of it
+
+hook.uninstall()
+
+
+@pytest.fixture
+def standard_promotion():
+    """For code of others, such as Optax, that counts on JAX's usual promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+# The first example of a property compiles; on a busy machine that takes long.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")

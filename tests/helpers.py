@@ -1,0 +1,123 @@
+"""Small networks, closed-form denoisers, and the plain-loop oracle that tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tstitch_jax.checkpoint import make_network, module_of
+from tstitch_jax.networks import init_params
+from tstitch_jax.sampler import draw_noise
+from tstitch_jax.types import Card, Network, Prediction
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def tiny_card(name="tiny", width=32, depth=2, num_heads=2, **changes) -> Card:
+    """A card of the published layout, small enough for a CPU to run many times."""
+    card = Card(
+        name=name,
+        architecture="dit",
+        config={"width": width, "depth": depth, "num_heads": num_heads, "patch": 2},
+        target="eps",
+        learned_variance=True,
+        schedule={"name": "linear"},
+        image_shape=(8, 8, 4),
+        num_classes=10,
+        guidance_channels=3,
+    )
+    return dataclasses.replace(card, **changes)
+
+
+def random_params(card: Card, seed: int = 0):
+    """Parameters without the zeros of a fresh network, so that every path matters."""
+    shapes = jax.eval_shape(lambda k: init_params(module_of(card), k), jax.random.key(0))
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda s: np.asarray(0.05 * generator.standard_normal(s.shape), np.float32), shapes
+    )
+
+
+def tiny_network(seed: int = 0, **changes) -> Network:
+    card = tiny_card(**changes)
+    return make_network(card, random_params(card, seed))
+
+
+def published_params(state: dict[str, np.ndarray]):
+    """Renames a published DiT's tensors to this library's parameters."""
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+
+    def dense(key):
+        return {"kernel": state[f"{key}.weight"].T, "bias": state[f"{key}.bias"]}
+
+    patch = state["x_embedder.proj.weight"]
+    params = {
+        "patch_in": {
+            "kernel": patch.transpose(2, 3, 1, 0).reshape(-1, patch.shape[0]),
+            "bias": state["x_embedder.proj.bias"],
+        },
+        "time_in": dense("t_embedder.mlp.0"),
+        "time_out": dense("t_embedder.mlp.2"),
+        "labels": {"embedding": state["y_embedder.embedding_table.weight"]},
+        "modulation": dense("final_layer.adaLN_modulation.1"),
+        "patch_out": dense("final_layer.linear"),
+    }
+    for i in range(depth):
+        params[f"block_{i}"] = {
+            "qkv": dense(f"blocks.{i}.attn.qkv"),
+            "attention_out": dense(f"blocks.{i}.attn.proj"),
+            "mlp_in": dense(f"blocks.{i}.mlp.fc1"),
+            "mlp_out": dense(f"blocks.{i}.mlp.fc2"),
+            "modulation": dense(f"blocks.{i}.adaLN_modulation.1"),
+        }
+    return params
+
+
+def published_network(name: str) -> Network:
+    """One of the published program's tiny networks: ``"small"``, ``"base"`` or ``"large"``."""
+    config = {"small": (32, 2, 2), "base": (48, 2, 3), "large": (64, 3, 4)}[name]
+    with np.load(GOLDEN / "tstitch_tiny" / f"{name}.npz") as state:
+        params = published_params(dict(state))
+    return make_network(tiny_card(name, *config), params)
+
+
+def loop(denoiser, solver, knots, x, *, params, cond=None, keys=None, noise=None):
+    """The oracle: the same solver and denoiser in a plain Python loop; x after each step."""
+    state, trajectory = solver.init(x), []
+    for i in range(knots.steps):
+        knot, after = (jax.tree.map(lambda v, j=j: jnp.asarray(v[j]), knots) for j in (i, i + 1))
+        step_noise = None
+        if solver.stochastic:
+            step_noise = draw_noise(keys, i + 1, x.shape[1:]) if noise is None else noise[i]
+        x, state = solver.step(
+            lambda x, k: denoiser(params, x, k, cond), x, state, knot, after, step_noise
+        )
+        trajectory.append(x)
+    return jnp.stack(trajectory)
+
+
+def relative(found, expected) -> float:
+    """Largest difference over the largest magnitude expected."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def gaussian_denoiser(mean: float, std: float, variance: float | None = None):
+    """The exact denoiser of data that is Gaussian in each pixel; its params scale the mean.
+
+    With ``variance``, it claims to have learned that one.
+    """
+
+    def denoiser(params, x, knot, cond, /):
+        total = jnp.square(knot.alpha * std) + jnp.square(knot.sigma)
+        centre = mean * params
+        x0 = centre + knot.alpha * std**2 / total * (x - knot.alpha * centre)
+        eps = knot.sigma / total * (x - knot.alpha * centre)
+        return Prediction(x0, eps, None if variance is None else jnp.full_like(x, variance))
+
+    return denoiser

@@ -1,0 +1,98 @@
+"""The direction of imports, and what importing the package costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "tstitch_jax"
+
+# A module may import from a lower rank only; modules of one rank do not know each other.
+RANKS = {
+    "types": 0,
+    "schedules": 1,
+    "networks": 1,
+    "pictures": 1,
+    "prediction": 2,
+    "plan": 2,
+    "guidance": 3,
+    "solvers": 3,
+    "stitch": 3,
+    "checkpoint": 3,
+    "sampler": 4,
+    "training": 5,
+    "pipeline": 5,
+    "__init__": 6,
+    "cli": 7,
+}
+CORE = {"types", "schedules", "prediction", "plan", "guidance", "solvers", "stitch", "sampler"}
+CORE_MAY_IMPORT = {"jax", "numpy", "jaxtyping"}
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    """Absolute names of everything a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            if node.module == "tstitch_jax":
+                yield from (f"tstitch_jax.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downwards(path):
+    here = module_of(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "tstitch_jax":
+            if here in CORE:
+                assert parts[0] in CORE_MAY_IMPORT | set(sys.stdlib_module_names)
+            continue
+        there = parts[1] if len(parts) > 1 and parts[1] in RANKS else "__init__"
+        if there != here:
+            assert RANKS[there] < RANKS[here], f"{here} imports {there}"
+
+
+def test_three_concepts_do_not_know_each_other():
+    for here, others in {
+        "solvers": {"stitch", "sampler", "networks", "plan"},
+        "stitch": {"solvers", "sampler", "networks"},
+        "sampler": {"solvers", "stitch", "networks", "plan"},
+    }.items():
+        for path in FILES:
+            if module_of(path) == here:
+                known = {name.split(".")[1] for name in imports(path) if "tstitch_jax." in name}
+                assert not known & others, f"{path} imports {known & others}"
+
+
+def test_one_scan_and_one_place_that_branches():
+    def users(*primitives):
+        for path in FILES:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and node.attr in primitives:
+                    yield module_of(path)
+
+    assert list(users("scan", "while_loop", "fori_loop")) == ["sampler"]
+    assert set(users("cond", "switch")) == {"stitch"}
+
+
+def test_import_is_light():
+    code = (
+        "import sys, tstitch_jax; heavy = {'torch', 'tensorflow', 'orbax', 'matplotlib', 'optax', "
+        "'tensorflow_datasets', 'PIL'}; print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr

@@ -1,0 +1,182 @@
+"""Network folders: round trips, damage, and the embedded networks."""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from helpers import random_params, tiny_card, tiny_network
+
+import tstitch_jax as ts
+from tstitch_jax import checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path):
+    ts.save(tmp_path / "net", tiny_network())
+    return tmp_path / "net"
+
+
+def test_round_trip(folder):
+    network, loaded = tiny_network(), ts.load(folder)
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(network.params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, network.params)
+    assert loaded.card == network.card
+    assert loaded.schedule == network.schedule
+    assert loaded.card.num_params == sum(x.size for x in jax.tree.leaves(network.params))
+    assert sorted(os.listdir(folder)) == ["card.json", "params"]
+    # The same function, so that jit does not compile again.
+    assert loaded.denoiser is ts.load(str(folder)).denoiser is network.denoiser
+
+
+def test_half_precision_is_the_rounded_network(tmp_path):
+    network = tiny_network()
+    ts.save(tmp_path / "half", network, np.float16)
+    loaded = ts.load(tmp_path / "half")
+    assert loaded.card.checksum != network.card.checksum
+
+    def check(found, full):
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, np.float32(np.float16(full)))
+
+    jax.tree.map(check, loaded.params, network.params)
+
+
+def test_saving_replaces_whole(folder):
+    ts.save(folder, tiny_network(seed=1))
+    assert ts.load(folder).card.checksum == tiny_network(seed=1).card.checksum
+    assert os.listdir(folder.parent) == ["net"]
+
+
+def test_a_failed_save_leaves_the_old_one(folder, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(json, "dumps", fail)
+    with pytest.raises(OSError, match="No space"):
+        ts.save(folder, tiny_network(seed=1))
+    monkeypatch.undo()
+    assert ts.load(folder).card.checksum == tiny_network().card.checksum
+    assert os.listdir(folder.parent) == ["net"]
+
+
+def test_saving_never_replaces_anything_else(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "precious.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="exists and is not a network folder"):
+        ts.save(tmp_path / "runs", tiny_network())
+    with pytest.raises(ValueError, match="exists and is not a network folder"):
+        ts.save(tmp_path / "runs" / "precious.txt", tiny_network())
+    assert (tmp_path / "runs" / "precious.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    ts.save(tmp_path / "empty", tiny_network())
+    ts.load(tmp_path / "empty")
+
+
+def test_a_failed_rename_puts_the_old_one_back(folder, monkeypatch):
+    rename = os.rename
+
+    def fail(source, target):
+        if str(target) == str(folder) and ".old." not in str(source):
+            raise OSError("the disk went away")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="went away"):
+        checkpoint.replace_folder(folder, lambda new: None)
+    monkeypatch.undo()
+    ts.load(folder)
+    assert os.listdir(folder.parent) == ["net"]
+
+
+def edit_card(folder, **changes):
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps({**card, **changes}))
+
+
+def flip_largest(folder):
+    file = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "card.json").unlink(), "not a network folder: it has no card.json"),
+        (lambda f: (f / "card.json").write_text("{"), "card.json is damaged or not a card"),
+        (lambda f: (f / "card.json").write_text("[]"), "card.json is damaged or not a card"),
+        (lambda f: edit_card(f, surprise=1), "not a card: unknown surprise"),
+        (lambda f: edit_card(f, image_shape=5), "not a card: image_shape is 5"),
+        (lambda f: edit_card(f, num_classes=-1), "num_classes must be at least 1, got -1"),
+        (lambda f: edit_card(f, num_classes=10**30), "is damaged"),
+        (lambda f: edit_card(f, class_names=["a"]), "1 names for 10 classes"),
+        (lambda f: edit_card(f, class_names=[1, 2]), "class_names are not all texts"),
+        (lambda f: edit_card(f, guidance_channels=0), "guidance_channels must be 1 to 4, got 0"),
+        (lambda f: (f / "card.json").write_text("[" * 100_000), "card.json is damaged"),
+        (
+            lambda f: edit_card(f, config={"width": 32, "depth": 2, "num_heads": 0, "patch": 2}),
+            "num_heads must be at least 1, got 0",
+        ),
+        (lambda f: edit_card(f, num_classes="ten"), "not a card: num_classes is 'ten'"),
+        (lambda f: edit_card(f, image_shape=[8, 8]), "not a card: image_shape is .8, 8."),
+        (lambda f: shutil.rmtree(f / "params"), "is damaged: it has no params"),
+        (lambda f: (f / "params" / "_METADATA").unlink(), "is damaged"),
+        (lambda f: (f / "params" / "manifest.ocdbt").write_bytes(b""), "is damaged"),
+        (flip_largest, "is damaged"),
+        (lambda f: edit_card(f, checksum="0" * 64), "checksum is .*, its card says 000000000000"),
+        (lambda f: edit_card(f, target="noise"), "unknown target 'noise'"),
+        (lambda f: edit_card(f, architecture="dot"), "unknown architecture 'dot'; did you mean"),
+        (lambda f: edit_card(f, config={"depth": 2}), "dit cannot be built"),
+        (lambda f: edit_card(f, schedule={"name": "linear", "steps": 3}), "is damaged"),
+        (
+            lambda f: edit_card(f, config={"width": 32, "depth": 3, "num_heads": 2, "patch": 2}),
+            "missing block_2/attention_out/bias; .*missing block_2/qkv/kernel",
+        ),
+    ],
+)
+def test_damage_is_one_clear_error(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        ts.load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_every_misfit_is_listed():
+    card = tiny_card()
+    params = random_params(card)
+    params["block_0"]["qkv"]["kernel"] = params["block_0"]["qkv"]["kernel"][:-1]
+    params["extra"] = np.zeros(3, np.float32)
+    del params["labels"]
+    message = (
+        "missing labels/embedding; extra extra; block_0/qkv/kernel has shape .31, 96., expected .32"
+    )
+    with pytest.raises(ValueError, match=message):
+        ts.make_network(card, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fashion-x", "unknown network 'fashion-x'; did you mean 'fashion-xl'"),
+        ("runs/nothing", "no network folder at runs/nothing"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        ts.load(name)
+
+
+def test_embedded_networks():
+    assert checkpoint.embedded_names() == ["fashion-s", "fashion-xl"]
+    small, large = ts.load("fashion-s"), ts.load("fashion-xl")
+    assert large.card.macs > 10 * small.card.macs
+    for network in (small, large):
+        assert network.card.license == "Apache-2.0"
+        assert len(network.card.class_names) == network.card.num_classes == 10
+        assert network.card.num_params == sum(x.size for x in jax.tree.leaves(network.params))
+    size = sum(f.stat().st_size for f in checkpoint.EMBEDDED.rglob("*") if f.is_file())
+    assert size < 20e6

@@ -1,0 +1,256 @@
+"""The command line as a user meets it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_network
+from PIL import Image
+
+import tstitch_jax as ts
+from tstitch_jax import checkpoint, cli, pictures
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("networks")
+    for seed, name in enumerate(("a", "b", "c")):
+        changes = dict(image_shape=(8, 8, 3 if name == "c" else 1), guidance_channels=None)
+        ts.save(root / name, tiny_network(seed, name=name, **changes))
+    ts.save(root / "latent", tiny_network())
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+def run(capsys, *arguments):
+    try:
+        status = cli.main([str(a) for a in arguments])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_networks(capsys):
+    status, out, _ = run(capsys, "networks")
+    assert status == 0
+    lines = out.splitlines()
+    for title in ("parameters", "FLOPs", "source", "license"):
+        assert title in lines[0]
+    assert [line.split()[0] for line in lines[2:4]] == ["fashion-s", "fashion-xl"]
+    assert "256K" in lines[2]
+    assert "Apache-2.0" in lines[3]
+
+
+def test_the_picture_without_arguments(capsys, tmp_path, monkeypatch):
+    """The embedded pair: six rows, ten columns. Few steps, as only the defaults are in question."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "REPEATS", 1)
+    status, out, _ = run(capsys, "sample", "--steps", "5")
+    assert status == 0
+    rows = [line.split() for line in out.splitlines()[2:8]]
+    assert [row[0] for row in rows] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert all(re.fullmatch(r"\d+\.\d\dx", row[-1]) for row in rows)
+    assert rows[0][-1] == "1.00x"
+    assert "fashion-s x 2, fashion-xl x 3" in out
+    assert re.search(r"compilation: \d+\.\d s, once for all rows", out)
+    with Image.open("samples.png") as picture:
+        assert picture.width > 10 * 72
+        assert picture.height > 6 * 72
+        pixels = np.asarray(picture.convert("L"))
+    # The cells lie at the right and bottom, each of 84 pixels and a gap of 3; all hold a garment.
+    cells = pixels[-(6 * 87 + 40) : -40, -(10 * 87 + 8) : -8]
+    for row in range(6):
+        for column in range(10):
+            cell = cells[row * 87 + 10 : row * 87 + 74, column * 87 + 10 : column * 87 + 74]
+            assert cell.std() > 15
+
+
+def test_fractions_labels_and_seed(capsys, tmp_path, folders, monkeypatch):
+    monkeypatch.setattr(cli, "REPEATS", 1)
+    out_file = tmp_path / "deep" / "grid.png"
+    common = ["--networks", folders["a"], folders["b"], folders["a"], "--steps", "4"]
+    status, out, _ = run(
+        capsys, "sample", *common, "--fractions", "0.25", "0.25", "0.5", "--fractions", "0", "1",
+        "0", "--labels", "7", "1", "--cfg-scale", "none", "--out", out_file,
+    )  # fmt: skip
+    assert status == 0
+    assert "a x 1, b x 1, a x 2" in out
+    assert "b x 4" in out
+    assert out_file.is_file()
+    assert [p.name for p in out_file.parent.iterdir()] == ["grid.png"]
+
+
+def test_the_seed_reaches_the_noise(capsys, tmp_path, folders, monkeypatch):
+    monkeypatch.setattr(cli, "REPEATS", 1)
+    drawn = []
+    monkeypatch.setattr(
+        pictures, "grid", lambda images, *a, **k: drawn.append(images) or Image.new("L", (1, 1))
+    )
+    for seed in ("0", "0", "1"):
+        run(capsys, "sample", "--networks", folders["a"], "--steps", "3", "--seed", seed,
+            "--out", tmp_path / "x.png")  # fmt: skip
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.abs(drawn[0] - drawn[2]).max() > 0.1
+
+
+def test_one_network(capsys, tmp_path, folders, monkeypatch):
+    monkeypatch.setattr(cli, "REPEATS", 1)
+    status, out, _ = run(
+        capsys, "sample", "--networks", folders["c"], "--steps", "3", "--solver", "ddpm",
+        "--out", tmp_path / "one.png",
+    )  # fmt: skip
+    assert status == 0
+    assert "c x 3" in out
+
+
+BAD = [
+    (["--fractions", "0.5", "0.6"], "must sum to 1, got 0.5, 0.6"),
+    (["--fractions", "0.5"], "2 networks need 2 fractions, got 0.5"),
+    (["--fractions", "half", "0.5"], "invalid float value: 'half'"),
+    (["--labels", "Bagg"], "unknown label 'Bagg'; did you mean 'Bag'?"),
+    (["--labels", "10"], "labels must be 0 to 9, got 10"),
+    (["--labels", "-1"], "labels must be 0 to 9, got -1"),
+    (["--labels", "²"], "unknown label"),
+    (["--cfg-scale", "much"], "must be a number or none, got 'much'"),
+    (["--out", "x" * 249 + ".png"], "File name too long"),
+    (["--steps", "0"], "at least 1, got '0'"),
+    (["--steps", "1001"], "at most the 1000 training times"),
+    (["--steps", "many"], "steps must be a number like 50"),
+    (["--solver", "dimm"], "unknown solver 'dimm'; did you mean 'ddim' or 'ddpm'?"),
+    (["--solver", "ddpm", "--eta", "1"], "eta belongs to the solver 'ddim'"),
+    (["--cfg-scale", "nan"], "cfg_scale must be a finite number"),
+    (["--networks", "fashion-s", "fashon-xl"], "did you mean 'fashion-xl'"),
+    (["--networks", "latent"], "makes latents of 4 channels, not images"),
+    (["--networks", "a", "c", "--fractions", "0.5", "0.5"], "their image shape differs"),
+    (["--networks", "fashion-s", "fashion-xl", "fashion-s"], "give --fractions for the 3"),
+    (["--networks", "a", "fashion-s"], "cannot be stitched"),
+    (["--out", "picture.jpg"], "must end in .png"),
+    (["--out", "/proc/nothing/samples.png"], "cannot write /proc/nothing/samples.png"),
+    (["--out", "folder.png"], "cannot write folder.png: it is a folder"),
+    (["--seed", "-1"], "must be 0 to 4294967295, got -1"),
+    (["--nonsense"], "unrecognized arguments: --nonsense"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda v: v if "".join(v) is v else "")
+def test_bad_input(capsys, tmp_path, folders, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("tstitch_jax.pipeline._sample", None)  # nothing may be compiled
+    arguments = [folders.get(a, a) for a in arguments]
+    status, out, err = run(capsys, "sample", *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("tstitch: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_damaged_folder(capsys, tmp_path, folders):
+    shutil.copytree(folders["a"], tmp_path / "a")
+    card = json.loads((tmp_path / "a" / "card.json").read_text())
+    (tmp_path / "a" / "card.json").write_text(json.dumps({**card, "checksum": "0" * 64}))
+    status, _, err = run(capsys, "sample", "--networks", tmp_path / "a")
+    assert status == 2
+    assert "is damaged: the parameters' checksum is" in err
+
+
+CONFIG = """
+from tstitch_jax.training import TrainConfig
+from tstitch_jax.types import Card
+
+config = TrainConfig(
+    card=Card(
+        name="dots", architecture="dit", target="v", learned_variance=False,
+        config=dict(width=32, depth=1, num_heads=1, patch=4), schedule={"name": "cosine"},
+        image_shape=(8, 8, 1), num_classes=3,
+    ),
+    data="nowhere.npz", steps=40, batch=8, warmup=2, cooldown=2, save_every=20,
+)
+"""
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_train(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dots.py").write_text(CONFIG)
+    np.savez("data.npz", x_train=np.zeros((9, 8, 8), np.uint8), y_train=np.arange(9) % 3)
+    status, out, err = run(
+        capsys, "train", "dots.py", "--data", "data.npz", "--out", "run", "--steps", "30"
+    )
+    assert status == 0
+    assert "dots: " in out
+    assert "run/network" in out
+    assert "img/s" in err
+    assert ts.load("run/network").card.name == "dots"
+    pictures_made = sorted(p.name for p in (tmp_path / "run").glob("*.png"))
+    assert pictures_made == ["preview_000020.png", "preview_000030.png"]
+
+
+def test_the_projects_configurations_are_the_embedded_networks():
+    for name in ("fashion-s", "fashion-xl"):
+        config = cli._load_config(str(ROOT / "configs" / f"{name.replace('-', '_')}.py"))
+        card = checkpoint.read_card(checkpoint.find(name))
+        for field in ("name", "architecture", "config", "target", "schedule", "class_names"):
+            assert getattr(config.card, field) == getattr(card, field)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (None, [], "no configuration at dots.py"),
+        (CONFIG, [], "no data at nowhere.npz"),
+        ("import nothing_at_all", [], "dots.py fails: ModuleNotFoundError"),
+        ("raise SystemExit(0)", [], "dots.py fails: SystemExit: 0"),
+        ("x = 1", [], "dots.py has no TrainConfig named config"),
+        (CONFIG, ["--steps", "0"], "argument --steps: must be at least 1, got 0"),
+    ],
+)
+def test_bad_train(capsys, tmp_path, monkeypatch, text, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "dots.py").write_text(text)
+    status, _, err = run(capsys, "train", "dots.py", *arguments)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["networks"], ["sample"], ["train"]])
+def test_help_fits_a_screen_and_shows_an_example(capsys, command):
+    status, out, _ = run(capsys, *command, "--help")
+    assert status == 0
+    assert "example: tstitch" in out
+    assert len(out.splitlines()) <= 50
+
+
+def test_installed_program():
+    """The program itself: a status, one line, no traceback."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tstitch_jax.cli", "sample", "--steps", "0"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == "tstitch: error: steps must be at least 1, got '0'\n"
+
+
+def test_grid_places_every_image():
+    images = np.linspace(-1, 1, 6).reshape(2, 3, 1, 1, 1) * np.ones((2, 3, 8, 8, 1))
+    picture = np.asarray(pictures.grid(images, ["r", "s"], ["a", "b", "c"], title="t"))
+    assert picture.shape[2] == 3
+    for i, row in enumerate(pictures.to_uint8(images[:, :, 0, 0, 0])):
+        for j, shade in enumerate(row):
+            y, x = -6 - (2 - i) * 75 + 36, -8 - (3 - j) * 75 + 36
+            assert (picture[y - 30 : y + 30, x - 30 : x + 30] == shade).all()
+
+
+def test_to_uint8():
+    values = np.array([-2, -1, 0, 1, 3, 0.5])
+    np.testing.assert_array_equal(pictures.to_uint8(values), [0, 0, 128, 255, 255, 191])

@@ -1,0 +1,113 @@
+"""The Diffusion Transformer: published sizes by shape, small ones by value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_params, relative, tiny_card
+
+from tstitch_jax.checkpoint import module_of
+from tstitch_jax.networks import SIZES, count_params, dit, dummy_inputs, init_params
+
+# Parameters in millions and Gflops at 256 px: Peebles & Xie 2022, tables 1 and 4 and appendix B.
+PUBLISHED = {
+    "dit-s-2": (33, 6.06), "dit-s-4": (33, 1.41), "dit-s-8": (33, 0.36),
+    "dit-b-2": (130, 23.01), "dit-b-4": (130, 5.56), "dit-b-8": (131, 1.42),
+    "dit-l-2": (458, 80.71), "dit-l-4": (458, 19.70), "dit-l-8": (459, 5.01),
+    "dit-xl-2": (675, 118.64), "dit-xl-4": (675, 29.05), "dit-xl-8": (676, 7.39),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [256, 512])
+@pytest.mark.parametrize("name", SIZES)
+def test_published_sizes(name, size):
+    assert set(SIZES) == set(PUBLISHED)
+    module = dit.DiT(**SIZES[name], image_shape=(size // 8, size // 8, 4), num_classes=1000)
+    params = jax.eval_shape(lambda k: init_params(module, k), jax.random.key(0))
+    output = jax.eval_shape(
+        lambda p: module.apply({"params": p}, *dummy_inputs(module, batch=2)), params
+    )
+    assert output.shape == (2, size // 8, size // 8, 8)
+    assert output.dtype == jnp.float32
+    millions, gflops = PUBLISHED[name]
+    assert count_params(params) / 1e6 == pytest.approx(millions, abs=0.6)
+    if size == 256:
+        assert dit.macs(module) / 1e9 == pytest.approx(gflops, rel=0.01)
+
+
+def test_exact_count_of_the_largest():
+    """The published file holds these and a fixed position code of 256 x 1152."""
+    module = dit.DiT(**SIZES["dit-xl-2"], image_shape=(32, 32, 4), num_classes=1000)
+    params = jax.eval_shape(lambda k: init_params(module, k), jax.random.key(0))
+    assert count_params(params) + 256 * 1152 == 675_129_632
+
+
+def apply(card, x, dtype=jnp.float32, seed=0):
+    time, labels = jnp.array([10.0, 500.0]), jnp.array([0, 10])
+    return module_of(card, dtype).apply({"params": random_params(card, seed)}, x, time, labels)
+
+
+def images(*shape):
+    return jax.random.normal(jax.random.key(0), (2, *shape))
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "learned"),
+    [((8, 8, 4), 2, True), ((12, 8, 3), 4, False), ((28, 28, 1), 4, False), ((8, 16, 1), 8, True)],
+)
+def test_any_input(shape, patch, learned):
+    card = tiny_card(image_shape=shape, learned_variance=learned)
+    card.config["patch"] = patch
+    output = apply(card, images(*shape))
+    assert output.shape == (2, *shape[:2], shape[2] * (1 + learned))
+    assert np.isfinite(output).all()
+
+
+def test_patches_lie_where_they_came_from():
+    """With blocks that do nothing, a change of a pixel reaches its own patch and no other."""
+    card = tiny_card(depth=1)
+    params = random_params(card)
+    params["block_0"] = jax.tree.map(np.zeros_like, params["block_0"])
+    module = module_of(card)
+    x = images(8, 8, 4)
+    inputs = jnp.array([10.0, 500.0]), jnp.array([0, 10])
+    change = module.apply({"params": params}, x.at[:, 5, 2].add(1.0), *inputs) - module.apply(
+        {"params": params}, x, *inputs
+    )
+    touched = np.abs(np.asarray(change)).max(axis=(0, 3)) > 1e-6
+    expected = np.zeros((8, 8), bool)
+    expected[4:6, 2:4] = True
+    np.testing.assert_array_equal(touched, expected)
+
+
+def test_bfloat16_is_close_and_returns_float32():
+    card = tiny_card()
+    full = apply(card, images(8, 8, 4))
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention promotes
+        half = apply(card, images(8, 8, 4), jnp.bfloat16)
+    assert half.dtype == jnp.float32
+    assert 0 < relative(half, full) < 0.03
+
+
+def test_a_fresh_network_is_adaln_zero():
+    """Zero gates and a zero last layer: a fresh network returns zeros."""
+    module = module_of(tiny_card())
+    params = init_params(module, jax.random.key(0))
+    x, time, labels = dummy_inputs(module, 2)
+    np.testing.assert_array_equal(module.apply({"params": params}, x + 1, time, labels), 0)
+    assert relative(jnp.std(params["block_0"]["qkv"]["kernel"]), np.sqrt(2 / (32 + 96))) < 0.1
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"built for \(8, 8, 4\), got images of \(8, 8, 3\)"):
+        apply(tiny_card(), images(8, 8, 3))
+    with pytest.raises(ValueError, match="multiple of 4, got 30"):
+        dit.position_code(4, 4, 30)
+    for changes, message in [
+        (dict(patch=3), "patch 3 does not divide"),
+        (dict(num_heads=5), "5 heads do not divide"),
+    ]:
+        card = tiny_card()
+        card.config.update(changes)
+        with pytest.raises(ValueError, match=message):
+            module_of(card)

@@ -1,0 +1,371 @@
+"""The command line, ``tstitch``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import runpy
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from tstitch_jax.types import Card, Network
+
+EMBEDDED_PAIR = ("fashion-s", "fashion-xl")
+DEFAULT_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+REPEATS = 3
+"""Timed runs per row, interleaved; the median is shown."""
+
+
+def _count(value: float) -> str:
+    for unit in ("", "K", "M", "G"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * w for w in widths], *rows]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _labels(texts: Sequence[str] | None, card: Card) -> list[int]:
+    """Class labels from numbers or names; all classes by default, at most ten."""
+    from tstitch_jax.schedules import unknown
+
+    if texts is None:
+        return list(range(min(card.num_classes, 10)))
+    numbers = {name.lower(): i for i, name in enumerate(card.class_names)}
+    labels = []
+    for text in texts:
+        if text.lower() in numbers:
+            labels.append(numbers[text.lower()])
+        elif text.removeprefix("-").isdecimal():
+            labels.append(int(text))
+        else:
+            raise unknown("label", text, card.class_names or [f"0 to {card.num_classes - 1}"])
+    return labels
+
+
+def _scale(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or none, got {text!r}") from None
+
+
+def networks_command(arguments: argparse.Namespace) -> None:
+    from tstitch_jax import checkpoint
+
+    rows = []
+    for name in checkpoint.embedded_names():
+        card = checkpoint.read_card(checkpoint.find(name))
+        shape = "x".join(map(str, card.image_shape))
+        rows.append(
+            [name, _count(card.num_params), _count(card.macs), shape, str(card.num_classes),
+             card.license, card.source, card.data]
+        )  # fmt: skip
+    header = ["network", "parameters", "FLOPs", "image", "classes", "license", "source", "data"]
+    print(_table(header, rows))
+    print("\nFLOPs: multiply-adds of one forward pass of one image, as the DiT paper counts them.")
+
+
+def _plans(networks: Sequence[Network], given: Sequence[Sequence[float]] | None):
+    """The rows of the picture: fractions per row."""
+    if given is not None:
+        return [list(fractions) for fractions in given]
+    if len(networks) == 1:
+        return [[1.0]]
+    if len(networks) == 2:
+        return [[f, 1 - f] for f in DEFAULT_FRACTIONS]
+    raise ValueError(f"give --fractions for the {len(networks)} networks")
+
+
+def sample_command(arguments: argparse.Namespace) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from tqdm import tqdm
+
+    import tstitch_jax as ts
+    from tstitch_jax import pictures, pipeline
+
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[arguments.dtype]
+    networks = [ts.load(name, dtype) for name in arguments.networks]
+    pipeline.check_networks(networks)
+    card = networks[-1].card
+    pipeline.check_images(networks[-1])
+    names = [n.card.name for n in networks]
+    labels = _labels(arguments.labels, card)
+
+    def request(fractions: Sequence[float]) -> pipeline.Sampling:
+        return pipeline.prepare(
+            jax.random.key(arguments.seed),
+            networks,
+            labels=labels,
+            fractions=fractions,
+            steps=arguments.steps,
+            solver=arguments.solver,
+            eta=arguments.eta,
+            cfg_scale=arguments.cfg_scale,
+            cfg_channels=arguments.cfg_channels,
+        )
+
+    rows = _plans(networks, arguments.fractions)
+    requests = [request(fractions) for fractions in rows]
+    out = pictures.check_png(arguments.out)
+    # The last network alone is what the speed-up is measured against, drawn or not.
+    alone = [0.0] * (len(networks) - 1) + [1.0]
+    baseline = rows.index(alone) if alone in rows else len(rows)
+    timed = requests if baseline < len(rows) else [*requests, request(alone)]
+
+    start = time.perf_counter()
+    print(f"compiling one sampler for every row ({jax.default_backend()}) ...", file=sys.stderr)
+    execute = timed[0].compile()
+    compile_time = time.perf_counter() - start
+
+    times: list[list[float]] = [[] for _ in timed]
+    images: list[np.ndarray] = [np.empty(0)] * len(timed)
+    with tqdm(total=len(timed) * (REPEATS + 1), desc="sampling", unit="run") as bar:
+        for repeat in range(REPEATS + 1):
+            for i, sampling in enumerate(timed):
+                start = time.perf_counter()
+                result = jax.block_until_ready(execute(*sampling.dynamic))
+                if repeat:  # the first round warms up
+                    times[i].append(time.perf_counter() - start)
+                images[i] = np.asarray(result)
+                bar.update()
+    medians = [statistics.median(t) for t in times]
+    speedups = [medians[baseline] / t for t in medians]
+
+    def shown(fractions: Sequence[float]) -> str:
+        # Of two networks the first one's share says it all.
+        return " ".join(f"{f:g}" for f in (fractions[:1] if len(fractions) == 2 else fractions))
+
+    table = [
+        [shown(f), s.plan.describe(names), f"{t:.2f} s", f"{len(labels) / t:.1f}", f"{u:.2f}x"]
+        for f, s, t, u in zip(rows, requests, medians, speedups, strict=False)
+    ]
+    guided = "unguided" if arguments.cfg_scale is None else f"guidance {arguments.cfg_scale:g}"
+    title = f"{' + '.join(names)}: fraction of the steps taken by {names[0]}"
+    if len(networks) == 1:
+        title = names[0]
+    elif len(networks) > 2:
+        title = f"{' + '.join(names)}: fraction of each"
+    footer = (
+        f"{arguments.solver}, {requests[0].plan.steps} steps, {guided}, seed {arguments.seed}, "
+        f"{jax.default_backend()}; {len(labels)} images a row. "
+        f"Time of a row without compilation; one compilation of {compile_time:.1f} s serves all."
+    )
+    picture = pictures.grid(
+        np.stack(images[: len(rows)]),
+        [f"{f}\n{t:.2f} s\n{u:.2f}x" for (f, *_), t, u in
+         zip(table, medians, speedups, strict=False)],
+        [card.class_names[k] if card.class_names else str(k) for k in labels],
+        title=title,
+        footer=footer,
+    )  # fmt: skip
+    pictures.write_png(picture, out)
+    print(_table(["fraction", "plan", "time", "images/s", "speed-up"], table))
+    print(f"compilation: {compile_time:.1f} s, once for all rows\npicture: {out}")
+
+
+def _load_config(path: str) -> Any:
+    """The ``config`` of a Python file."""
+    from tstitch_jax.training import TrainConfig
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"no configuration at {path}; give a Python file such as those in configs/"
+        )
+    sys.path.insert(0, str(file.parent))  # configurations may share a file beside them
+    try:
+        config = runpy.run_path(path).get("config")
+    except (Exception, SystemExit) as error:  # whatever the user's own file raises
+        raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(file.parent))
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{path} has no TrainConfig named config")
+    return config
+
+
+def _preview(steps: int = 50, rows: int = 4) -> Callable[[Network, Path], None]:
+    """A hook that draws a few images of each class."""
+
+    def preview(network: Network, path: Path) -> None:
+        import jax
+        import numpy as np
+
+        from tstitch_jax import pictures, pipeline
+
+        card = network.card
+        if card.image_shape[2] not in (1, 3):
+            return
+        labels = _labels(None, card)
+        images = pipeline.sample(jax.random.key(0), [network], labels=labels * rows, steps=steps)
+        picture = pictures.grid(
+            np.asarray(images).reshape(rows, len(labels), *card.image_shape),
+            [""] * rows,
+            [card.class_names[k] if card.class_names else str(k) for k in labels],
+            title=f"{card.name}, {path.stem}",
+        )
+        pictures.write_png(picture, path)
+
+    return preview
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    from tstitch_jax.training import train
+
+    config = _load_config(arguments.config)
+    changes = {k: getattr(arguments, k) for k in ("data", "steps") if getattr(arguments, k)}
+    config = dataclasses.replace(config, **changes)
+    out = arguments.out or f"runs/{config.card.name}"
+    network = train(config, out, preview=_preview())
+    print(f"{network.card.name}: {_count(network.card.num_params)} parameters in {out}/network")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"tstitch: error: {message} (see {self.prog} --help)\n")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be 0 to {2**32 - 1}, got {text}")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    from tstitch_jax import __version__
+
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=100)
+
+    parser = _Parser(
+        prog="tstitch", description="Stitched sampling of diffusion models.",
+        epilog="example: tstitch sample --fractions 0.4 0.6 --out samples.png",
+        formatter_class=formatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"tstitch {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=help, epilog=f"example: {example}",
+            formatter_class=formatter,
+        )  # fmt: skip
+        sub.set_defaults(run=run)
+        return sub
+
+    command("networks", networks_command, "list the networks that can be loaded by name",
+            "tstitch networks")  # fmt: skip
+
+    sub = command(
+        "sample", sample_command, "draw a labelled grid of images from stitched networks",
+        "tstitch sample --networks fashion-s fashion-xl --fractions 0.4 0.6 --labels Bag Dress",
+    )  # fmt: skip
+    sub.add_argument(
+        "--networks",
+        nargs="+",
+        default=list(EMBEDDED_PAIR),
+        metavar="NAME",
+        help="names or folders, first steps first (default: the embedded pair)",
+    )
+    sub.add_argument(
+        "--fractions",
+        nargs="+",
+        type=float,
+        action="append",
+        metavar="F",
+        help="each network's share of the steps, summing to 1; give it again for "
+        "another row (default for two networks: a row per 0, 0.2, ... 1)",
+    )
+    sub.add_argument(
+        "--steps",
+        default="50",
+        metavar="N",
+        help="number of steps, or a spec like ddim50 or 10,10,20 (default: 50)",
+    )
+    sub.add_argument("--solver", default="ddim", metavar="NAME", help="ddim (default) or ddpm")
+    sub.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (default: 0)")
+    sub.add_argument(
+        "--cfg-scale",
+        type=_scale,
+        default=1.5,
+        metavar="S",
+        help="guidance scale, or none for the conditional half alone (default: 1.5)",
+    )
+    sub.add_argument(
+        "--cfg-channels",
+        type=int,
+        metavar="C",
+        help="guide only the first C channels (default: what the card says)",
+    )
+    sub.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="classes by number or name, one a column (default: the first ten)",
+    )
+    sub.add_argument("--seed", type=_seed, default=0, help="seed of the noise (default: 0)")
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what the networks compute in (default: float32)",
+    )
+    sub.add_argument("--out", default="samples.png", metavar="FILE",
+                     help="the picture (default: samples.png)")  # fmt: skip
+
+    sub = command(
+        "train", train_command, "train a network, or go on with a run that was stopped",
+        "tstitch train configs/fashion_s.py --out runs/fashion-s",
+    )  # fmt: skip
+    sub.add_argument("config", metavar="CONFIG", help="a Python file with a TrainConfig, config")
+    sub.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/NAME)")
+    sub.add_argument(
+        "--data", metavar="SPEC", help="an .npz file or tfds:NAME, instead of the configuration's"
+    )
+    sub.add_argument("--steps", type=_positive, metavar="N",
+                     help="number of steps, instead of the configuration's")  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        lines = " ".join(str(error).split())
+        print(f"tstitch: error: {lines}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tstitch: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The training loop: resumable to the bit, with progress, a log, and previews."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tstitch_jax.checkpoint import check_card, make_network, module_of, save
+from tstitch_jax.networks import init_params
+from tstitch_jax.training.data import ArrayImages, Images, batch_indices, normalize, open_images
+from tstitch_jax.training.loss import make_loss
+from tstitch_jax.training.state import TrainState, init_state, make_optimizer, make_step
+from tstitch_jax.types import Card, Network
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run; a file in ``configs/`` holds one as ``config``.
+
+    Attributes:
+        card: The network to be trained; its sizes and checksum are filled in.
+        data: A spec for ``open_images``.
+        steps: Optimizer steps. Besides the place of the data the only setting that may change when
+            a run is resumed, and only while the cooldown has not begun.
+        batch: Images per step.
+        learning_rate, warmup, cooldown, weight_decay, clip: See ``make_optimizer``; in steps.
+        ema: Decay of the average of parameters that becomes the network.
+        label_dropout: Probability of the null label.
+        min_snr: See ``weights``; None weighs all times alike.
+        seed: Seed of the parameters, the batches and the noise.
+        save_every: Steps between checkpoints; a preview is drawn at each.
+        stored_dtype: What the finished network's parameters are stored in.
+    """
+
+    card: Card
+    data: str
+    steps: int
+    batch: int = 128
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    cooldown: int = 500
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.999
+    label_dropout: float = 0.1
+    min_snr: float | None = 5.0
+    seed: int = 0
+    save_every: int = 500
+    stored_dtype: str = "float32"
+
+
+def _check(config: TrainConfig, images: Images) -> None:
+    """Raises ValueError for what would fail, or silently train something else, later on."""
+    if not isinstance(config.card, Card):
+        raise ValueError(f"card must be a Card, got {config.card!r}")
+    for field, low in dict(steps=1, batch=1, save_every=1, warmup=0, cooldown=0, seed=0).items():
+        value = getattr(config, field)
+        if type(value) is not int or value < low:
+            raise ValueError(f"{field} must be a whole number of at least {low}, got {value!r}")
+    tiny = np.finfo(np.float32).tiny
+    for field, low, high in (
+        ("learning_rate", tiny, np.inf),
+        ("weight_decay", 0, np.inf),
+        ("clip", tiny, np.inf),
+        ("ema", 0, 1),
+        ("label_dropout", 0, 1),
+        ("min_snr", tiny, np.inf),
+    ):
+        value = getattr(config, field)
+        if field == "min_snr" and value is None:
+            continue
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"{field} must be a number from {low:g} to {high:g}, got {value!r}")
+    if config.stored_dtype not in ("float32", "float16"):
+        raise ValueError(f"stored_dtype must be float32 or float16, got {config.stored_dtype!r}")
+    if config.warmup + config.cooldown > config.steps:
+        raise ValueError(
+            f"warmup {config.warmup} and cooldown {config.cooldown} need at least as many steps, "
+            f"got {config.steps}"
+        )
+    if len(images) < 1:
+        raise ValueError(f"{config.data} holds no images")
+    found, _ = images.read([0])
+    if found.dtype != np.uint8 or found.shape[1:] != tuple(config.card.image_shape):
+        raise ValueError(
+            f"{config.data} holds {found.dtype} images of {found.shape[1:]}, "
+            f"the network takes uint8 of {tuple(config.card.image_shape)}"
+        )
+    if isinstance(images, ArrayImages):  # others are checked batch by batch
+        _check_labels(images.labels, config)
+
+
+def _check_labels(labels: np.ndarray, config: TrainConfig) -> None:
+    if labels.min() < 0 or labels.max() >= config.card.num_classes:
+        raise ValueError(
+            f"{config.data} has labels {labels.min()} to {labels.max()}, "
+            f"the network takes 0 to {config.card.num_classes - 1}"
+        )
+
+
+def _keep_settings(config: TrainConfig, file: Path, done: int | None) -> None:
+    """Writes the settings of a run; refuses to go on with ones that would change it.
+
+    Args:
+        config: The settings.
+        file: Where they are kept.
+        done: Steps done so far, None for a new run.
+    """
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    if done is not None:
+        try:
+            old = json.loads(file.read_text())
+            changed = [k for k in settings if settings[k] != old[k] and k not in ("data", "steps")]
+            end = min(old["steps"], config.steps) - config.cooldown
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is missing or damaged: {error!r}") from None
+        if changed:
+            said = "; ".join(f"{k} was {old[k]!r}, is {settings[k]!r}" for k in changed)
+            raise ValueError(
+                f"{file.parent} holds a run with other settings: {said}; take another --out"
+            )
+        if config.steps != old["steps"] and done > end:
+            raise ValueError(
+                f"{file.parent} has done {done} steps; its {old['steps']} steps can become "
+                f"{config.steps} only before the cooldown, which begins after {end}"
+            )
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    os.replace(temporary, file)
+
+
+def _cut_log(file: Path, step: int) -> None:
+    """Drops what a killed run logged after its last checkpoint."""
+    if not file.exists():
+        return
+    with file.open(newline="") as stream:
+        header, *rows = list(csv.reader(stream)) or [[]]
+    kept = [row for row in rows if row and int(row[0]) <= step]
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", newline="") as stream:
+        csv.writer(stream).writerows([header, *kept])
+    os.replace(temporary, file)
+
+
+def train(
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    images: Images | None = None,
+    preview: Callable[[Network, Path], None] | None = None,
+    progress: bool = True,
+) -> Network:
+    """Trains a network, or goes on where an earlier run with the same settings stopped.
+
+    Args:
+        config: The run.
+        out: Its folder: ``settings.json``, ``log.csv``, ``checkpoints/``, previews, and at the end
+            ``network/``, the network's folder.
+        images: The data, instead of opening ``config.data``.
+        preview: Called with the averaged network and the path of a PNG at every checkpoint.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The network with averaged parameters.
+
+    Raises:
+        ValueError: If settings and data do not fit, or ``out`` holds a run with other settings.
+    """
+    import orbax.checkpoint as ocp
+    from tqdm import tqdm
+
+    images = open_images(config.data) if images is None else images
+    _check(config, images)
+    schedule = check_card(config.card)
+    module = module_of(config.card)
+    loss = make_loss(
+        lambda params, *inputs: module.apply({"params": params}, *inputs),  # pyright: ignore
+        schedule,
+        config.card.target,
+        learned_variance=config.card.learned_variance,
+        min_snr=config.min_snr,
+        label_dropout=config.label_dropout,
+        null_label=config.card.num_classes,
+    )
+    optimizer = make_optimizer(
+        config.learning_rate,
+        steps=config.steps,
+        warmup=config.warmup,
+        cooldown=config.cooldown,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+    )
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    step_fn = make_step(loss, optimizer, config.ema)
+
+    out = Path(out)
+    log_file = out / "log.csv"
+
+    def averaged(state: TrainState) -> Network:
+        return make_network(config.card, state.ema)
+
+    def fresh() -> TrainState:
+        return init_state(init_params(module, init_key), optimizer)
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((out / "checkpoints").absolute(), options=options) as manager:
+        last = manager.latest_step()
+        _keep_settings(config, out / "settings.json", last)
+        if last is None:
+            state = fresh()
+        else:
+            target = jax.eval_shape(fresh)
+            state = manager.restore(last, args=ocp.args.StandardRestore(target))
+        start = int(state.step)
+        _cut_log(log_file, start)
+        new_log = not log_file.exists()
+        with (
+            log_file.open("a", newline="") as stream,
+            tqdm(
+                total=config.steps * config.batch,
+                initial=start * config.batch,
+                unit="img",
+                unit_scale=True,
+                disable=not progress,
+                desc=config.card.name,
+                smoothing=0.05,
+            ) as bar,
+        ):
+            log = csv.writer(stream)
+            if new_log:
+                log.writerow(["step", "loss", "gradient_norm"])
+            pending = []  # metrics left on the device, so that it need not wait for the host
+            for step in range(start, config.steps):
+                x, y = images.read(
+                    batch_indices(config.seed, step, config.batch, len(images)).tolist()
+                )
+                _check_labels(y, config)
+                state, metrics = step_fn(state, key, jnp.asarray(normalize(x)), jnp.asarray(y))
+                pending.append([metrics["loss"], metrics["gradient_norm"]])
+                bar.update(config.batch)
+                done = step + 1
+                save_now = done % config.save_every == 0 or done == config.steps
+                # Also at a checkpoint, so that a run that goes on from it logs the same means.
+                if done % 50 == 0 or save_now:
+                    means = np.asarray(pending, np.float64).mean(axis=0)
+                    pending = []
+                    if not np.isfinite(means[0]):
+                        raise FloatingPointError(
+                            f"the loss is {means[0]} by step {done}; lower the learning rate. "
+                            f"The last checkpoint in {out} is whole"
+                        )
+                    log.writerow([done, *(f"{v:.6g}" for v in means)])
+                    bar.set_postfix(loss=f"{means[0]:.4f}")
+                if save_now:
+                    stream.flush()
+                    manager.save(done, args=ocp.args.StandardSave(state))
+                    if preview is not None:
+                        preview(averaged(state), out / f"preview_{done:06d}.png")
+    network = averaged(state)
+    save(out / "network", network, np.dtype(config.stored_dtype))
+    return network
