@@ -278,7 +278,9 @@ def load(name: str | os.PathLike[str], dtype: Any = jnp.float32) -> Network:
         raise ValueError(f"network folder {path} is damaged: it has no params")
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            names = checkpointer.metadata(folder).item_metadata.tree
+            found = checkpointer.metadata(folder)
+            # Older releases of Orbax return the item's metadata itself.
+            names = getattr(found, "item_metadata", found).tree
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
             params = checkpointer.restore(folder, restore_args=arguments)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is damaged.
