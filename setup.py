@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["tstitch_jax", "tstitch_jax.*"]),
+    packages=find_packages(include=["tstitch_jax", "tstitch_jax.*", "checkpoints_convert"]),
     package_data={"tstitch_jax": ["embedded/**/*"]},
     install_requires=[
         "jax>=0.7.0",
@@ -29,6 +29,10 @@ setup(
         "jaxtyping>=0.3.0",
         "pillow>=10.1",
         "tqdm>=4.60",
+        "ml_dtypes>=0.5",
+        "safetensors>=0.5",
+        "huggingface_hub>=0.30",
+        "filelock>=3.12",
     ],
     extras_require={
         "train": ["tensorflow-datasets>=4.9.9"],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.checkpoint import make_network, module_of
+from checkpoints_convert import convert
+from tstitch_jax.checkpoint import load, make_network, module_of
 from tstitch_jax.networks import init_params
 from tstitch_jax.sampler import draw_noise
 from tstitch_jax.types import Card, Network, Prediction
@@ -47,42 +50,16 @@ def tiny_network(seed: int = 0, **changes) -> Network:
     return make_network(card, random_params(card, seed))
 
 
-def published_params(state: dict[str, np.ndarray]):
-    """Renames a published DiT's tensors to this library's parameters."""
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-
-    def dense(key):
-        return {"kernel": state[f"{key}.weight"].T, "bias": state[f"{key}.bias"]}
-
-    patch = state["x_embedder.proj.weight"]
-    params = {
-        "patch_in": {
-            "kernel": patch.transpose(2, 3, 1, 0).reshape(-1, patch.shape[0]),
-            "bias": state["x_embedder.proj.bias"],
-        },
-        "time_in": dense("t_embedder.mlp.0"),
-        "time_out": dense("t_embedder.mlp.2"),
-        "labels": {"embedding": state["y_embedder.embedding_table.weight"]},
-        "modulation": dense("final_layer.adaLN_modulation.1"),
-        "patch_out": dense("final_layer.linear"),
-    }
-    for i in range(depth):
-        params[f"block_{i}"] = {
-            "qkv": dense(f"blocks.{i}.attn.qkv"),
-            "attention_out": dense(f"blocks.{i}.attn.proj"),
-            "mlp_in": dense(f"blocks.{i}.mlp.fc1"),
-            "mlp_out": dense(f"blocks.{i}.mlp.fc2"),
-            "modulation": dense(f"blocks.{i}.adaLN_modulation.1"),
-        }
-    return params
+PUBLISHED_HEADS = {"small": 2, "base": 3, "large": 4}
 
 
+@functools.cache
 def published_network(name: str) -> Network:
-    """One of the published program's tiny networks: ``"small"``, ``"base"`` or ``"large"``."""
-    config = {"small": (32, 2, 2), "base": (48, 2, 3), "large": (64, 3, 4)}[name]
-    with np.load(GOLDEN / "tstitch_tiny" / f"{name}.npz") as state:
-        params = published_params(dict(state))
-    return make_network(tiny_card(name, *config), params)
+    """One of the published program's tiny networks, converted: a name of ``PUBLISHED_HEADS``."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = GOLDEN / "tstitch_tiny" / f"{name}.pt"
+        convert(source, f"{folder}/{name}", num_heads=PUBLISHED_HEADS[name])
+        return load(f"{folder}/{name}")
 
 
 def loop(denoiser, solver, knots, x, *, params, cond=None, keys=None, noise=None):

@@ -10,7 +10,7 @@ import pytest
 from helpers import random_params, tiny_card, tiny_network
 
 import tstitch_jax as ts
-from tstitch_jax import checkpoint
+from tstitch_jax import checkpoint, hub
 
 
 @pytest.fixture
@@ -158,25 +158,13 @@ def test_every_misfit_is_listed():
         ts.make_network(card, params)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("fashion-x", "unknown network 'fashion-x'; did you mean 'fashion-xl'"),
-        ("runs/nothing", "no network folder at runs/nothing"),
-    ],
-)
-def test_unknown_names(name, message):
-    with pytest.raises(ValueError, match=message):
-        ts.load(name)
-
-
 def test_embedded_networks():
-    assert checkpoint.embedded_names() == ["fashion-s", "fashion-xl"]
+    assert hub.embedded_names() == ["fashion-s", "fashion-xl"]
     small, large = ts.load("fashion-s"), ts.load("fashion-xl")
     assert large.card.macs > 10 * small.card.macs
     for network in (small, large):
         assert network.card.license == "Apache-2.0"
         assert len(network.card.class_names) == network.card.num_classes == 10
         assert network.card.num_params == sum(x.size for x in jax.tree.leaves(network.params))
-    size = sum(f.stat().st_size for f in checkpoint.EMBEDDED.rglob("*") if f.is_file())
+    size = sum(f.stat().st_size for f in hub.EMBEDDED.rglob("*") if f.is_file())
     assert size < 20e6

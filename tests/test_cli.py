@@ -1,19 +1,21 @@
 """The command line as a user meets it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 from helpers import tiny_network
 from PIL import Image
 
 import tstitch_jax as ts
-from tstitch_jax import checkpoint, cli, pictures
+from tstitch_jax import checkpoint, cli, hub, pictures
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +48,59 @@ def test_networks(capsys):
     assert [line.split()[0] for line in lines[2:4]] == ["fashion-s", "fashion-xl"]
     assert "256K" in lines[2]
     assert "Apache-2.0" in lines[3]
+    assert any(re.match(r"dit-xl-2-256 .*675M .*119G .*download .*CC-BY-NC", x) for x in lines)
+    assert "sd-vae-ft-ema" in out
+
+
+PUBLISHED = ROOT / "tests" / "golden" / "tstitch_tiny"
+VAE = ROOT / "tests" / "golden" / "diffusers_tiny" / "vae"
+
+
+def test_convert_and_sample(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, heads in (("small", 2), ("large", 4)):
+        status, out, _ = run(
+            capsys, "convert", PUBLISHED / f"{name}.pt", name, "--num-heads", heads
+        )
+        assert status == 0
+        assert f"num_heads {heads}" in out
+        assert "target eps, schedule linear, guidance on 3 channels" in out
+        assert "give --family sit" in out
+    status, out, _ = run(capsys, "convert", VAE, "vae", "--license", "MIT")
+    assert status == 0
+    assert "SHA-256" in out
+    assert checkpoint.read_card("vae").license == "MIT"
+    arguments = ["sample", "--networks", "small", "large", "--steps", "2", "--labels", "0", "1"]
+    status, _, _ = run(capsys, *arguments, "--autoencoder", "vae")
+    assert status == 0
+    with Image.open("samples.png") as picture:
+        assert picture.size[0] > 2 * 16
+    # As users call it, without the tests' own checks of types.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    status, _, err = run(capsys, *arguments, "--autoencoder", "small")
+    assert status == 2
+    assert "autoencoder must be what ts.load returns for one" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.pt", "net"], "nothing.pt does not exist"),
+        ([PUBLISHED / "small.pt", "net"], "give --num-heads N"),
+        ([PUBLISHED / "small.pt", "net", "--num-heads", "0"], "must be at least 1, got 0"),
+        ([PUBLISHED / "small.pt", "net", "--family", "unet"], "unknown family 'unet'"),
+        ([PUBLISHED / "small.pt", "."], "is not a network folder; choose another place"),
+        ([PUBLISHED / "expected.npz", "net"], "compressed record|0 data.pkl"),
+    ],
+)
+def test_bad_conversions(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").touch()
+    status, _, err = run(capsys, "convert", *arguments)
+    assert status == 2
+    assert re.search(message, err)
+    assert len(err.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["something"]
 
 
 def test_the_picture_without_arguments(capsys, tmp_path, monkeypatch):
@@ -197,7 +252,7 @@ def test_train(capsys, tmp_path, monkeypatch):
 def test_the_projects_configurations_are_the_embedded_networks():
     for name in ("fashion-s", "fashion-xl"):
         config = cli._load_config(str(ROOT / "configs" / f"{name.replace('-', '_')}.py"))
-        card = checkpoint.read_card(checkpoint.find(name))
+        card = checkpoint.read_card(hub.find(name))
         for field in ("name", "architecture", "config", "target", "schedule", "class_names"):
             assert getattr(config.card, field) == getattr(card, field)
 
@@ -223,7 +278,7 @@ def test_bad_train(capsys, tmp_path, monkeypatch, text, arguments, message):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["networks"], ["sample"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["networks"], ["sample"], ["convert"], ["train"]])
 def test_help_fits_a_screen_and_shows_an_example(capsys, command):
     status, out, _ = run(capsys, *command, "--help")
     assert status == 0

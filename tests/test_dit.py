@@ -7,7 +7,7 @@ import pytest
 from helpers import random_params, relative, tiny_card
 
 from tstitch_jax.checkpoint import module_of
-from tstitch_jax.networks import SIZES, count_params, dit, dummy_inputs, init_params
+from tstitch_jax.networks import SIZES, count_macs, count_params, dit, init_params, param_shapes
 
 # Parameters in millions and Gflops at 256 px: Peebles & Xie 2022, tables 1 and 4 and appendix B.
 PUBLISHED = {
@@ -23,22 +23,26 @@ PUBLISHED = {
 def test_published_sizes(name, size):
     assert set(SIZES) == set(PUBLISHED)
     module = dit.DiT(**SIZES[name], image_shape=(size // 8, size // 8, 4), num_classes=1000)
-    params = jax.eval_shape(lambda k: init_params(module, k), jax.random.key(0))
-    output = jax.eval_shape(
-        lambda p: module.apply({"params": p}, *dummy_inputs(module, batch=2)), params
-    )
+    params = param_shapes(module)
+
+    def forward(p, *inputs):
+        return module.apply({"params": p}, *inputs)
+
+    output = jax.eval_shape(forward, params, *module.inputs(2))
     assert output.shape == (2, size // 8, size // 8, 8)
     assert output.dtype == jnp.float32
     millions, gflops = PUBLISHED[name]
     assert count_params(params) / 1e6 == pytest.approx(millions, abs=0.6)
     if size == 256:
-        assert dit.macs(module) / 1e9 == pytest.approx(gflops, rel=0.01)
+        assert count_macs(forward, params, *module.inputs()) / 1e9 == pytest.approx(
+            gflops, rel=0.01
+        )
 
 
 def test_exact_count_of_the_largest():
     """The published file holds these and a fixed position code of 256 x 1152."""
     module = dit.DiT(**SIZES["dit-xl-2"], image_shape=(32, 32, 4), num_classes=1000)
-    params = jax.eval_shape(lambda k: init_params(module, k), jax.random.key(0))
+    params = param_shapes(module)
     assert count_params(params) + 256 * 1152 == 675_129_632
 
 
@@ -93,7 +97,7 @@ def test_a_fresh_network_is_adaln_zero():
     """Zero gates and a zero last layer: a fresh network returns zeros."""
     module = module_of(tiny_card())
     params = init_params(module, jax.random.key(0))
-    x, time, labels = dummy_inputs(module, 2)
+    x, time, labels = module.inputs(2)
     np.testing.assert_array_equal(module.apply({"params": params}, x + 1, time, labels), 0)
     assert relative(jnp.std(params["block_0"]["qkv"]["kernel"]), np.sqrt(2 / (32 + 96))) < 0.1
 

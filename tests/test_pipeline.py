@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from helpers import tiny_network
+from helpers import random_params, tiny_network
 
 import tstitch_jax as ts
 from tstitch_jax import pipeline
@@ -64,6 +64,41 @@ def test_given_noise_is_the_start(pair):
     np.testing.assert_allclose(same, drawn, rtol=1e-5, atol=1e-5 * float(jnp.abs(drawn).max()))
 
 
+@pytest.fixture(scope="module")
+def autoencoder():
+    card = ts.AutoencoderCard(
+        name="coder",
+        architecture="autoencoder",
+        config={"widths": [8, 16], "layers": 1, "latent_channels": 4, "groups": 4},
+        image_shape=(16, 16, 3),
+        scaling_factor=0.5,
+    )
+    return ts.make_autoencoder(card, jax.tree.map(lambda p: 10 * p, random_params(card)))
+
+
+def test_latents_are_decoded_in_the_same_executable(pair, autoencoder):
+    latents = request(pair)
+    images, trajectory = request(pair, decode=True, autoencoder=autoencoder, return_trajectory=True)
+    assert images.shape == (2, 16, 16, 3)
+    np.testing.assert_allclose(trajectory[-1], latents, rtol=1e-4, atol=1e-4)
+    decoded = autoencoder.decode(autoencoder.params, trajectory[-1])
+    assert float(jnp.abs(decoded).max()) > 1  # so that clipping is seen
+    np.testing.assert_allclose(images, jnp.clip(decoded, -1, 1), atol=1e-4)
+    sampling = pipeline.prepare(
+        KEY, pair, labels=[1, 2], fractions=[0.5, 0.5], steps=4, autoencoder=autoencoder
+    )
+    np.testing.assert_allclose(sampling.compile()(*sampling.dynamic), images, atol=1e-5)
+    # Given, but not wanted.
+    same = request(pair, autoencoder=autoencoder)
+    np.testing.assert_array_equal(same, latents)
+
+
+def test_an_autoencoder_of_other_latents_is_refused(autoencoder):
+    network = tiny_network(image_shape=(8, 8, 3), guidance_channels=None)
+    with pytest.raises(ValueError, match=r"tiny makes 3 channels, .* coder takes latents of 4"):
+        ts.sample(KEY, [network], labels=[0], steps=2, autoencoder=autoencoder)
+
+
 def other(**changes):
     return tiny_network(2, name="other", **changes)
 
@@ -90,7 +125,12 @@ BAD = [
     (dict(cfg_channels=5), "cfg_channels must be 1 to 4, got 5"),
     (dict(cfg_channels=0), "cfg_channels must be 1 to 4, got 0"),
     (dict(noise=np.zeros((3, 8, 8, 4))), r"noise must be \(2, 8, 8, 4\), one per label"),
-    (dict(decode=True), "a makes latents of 4 channels, not images"),
+    (
+        dict(decode=True, networks="latents"),
+        r"latents of 4 channels, not images; give autoencoder=ts.load\('sd-vae-ft-ema'\), or",
+    ),
+    (dict(decode=True, autoencoder="sd-vae-ft-ema"), "autoencoder must be what ts.load returns"),
+    (dict(networks="autoencoders"), "their autoencoder differs, one and two"),
     (dict(eta=np.float32(2)), "eta must be between 0 and 1, got 2"),
     (dict(eta=None), "eta must be a number, got None"),
     (dict(cfg_scale=1e39), "cfg_scale must be a finite number"),
@@ -114,9 +154,12 @@ def test_bad_input(pair, changes, message, monkeypatch):
         "shape": lambda: other(image_shape=(8, 8, 3)),
         "classes": lambda: other(num_classes=7),
         "schedule": lambda: other(schedule={"name": "cosine"}),
+        "latents": lambda: other(autoencoder="sd-vae-ft-ema"),
+        "autoencoders": lambda: other(autoencoder="two"),
     }
     if isinstance(changes.get("networks"), str):
-        changes = {"networks": [pair[0], second[changes["networks"]]()]}
+        first = other(autoencoder="one") if changes["networks"] == "autoencoders" else pair[0]
+        changes = {**changes, "networks": [first, second[changes["networks"]]()]}
     # As users call it, without the tests' own checks of types.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message) as caught:

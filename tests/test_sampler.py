@@ -189,7 +189,13 @@ def count_eqns(jaxpr, name):
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
 def test_one_scan_with_one_cond(solver, networks):
     request = ts.pipeline.prepare(
-        jax.random.key(0), networks[:2], labels=[1, 2], fractions=[0.5, 0.5], steps=7, solver=solver
+        jax.random.key(0),
+        networks[:2],
+        labels=[1, 2],
+        fractions=[0.5, 0.5],
+        steps=7,
+        solver=solver,
+        decode=False,
     )
     jaxpr = jax.make_jaxpr(lambda *a: _sample.__wrapped__(*a, **request.static))(*request.dynamic)
     assert count_eqns(jaxpr.jaxpr, "scan") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -10,25 +12,37 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.networks import ARCHITECTURES, count_params, dit, init_params
+from tstitch_jax.networks import ARCHITECTURES, count_macs, count_params, param_shapes
+from tstitch_jax.networks.autoencoder import in_chunks
 from tstitch_jax.prediction import as_denoiser, check_target
 from tstitch_jax.schedules import make_schedule, unknown
-from tstitch_jax.types import Card, Denoiser, Network, Params, Schedule
+from tstitch_jax.types import (
+    Autoencoder,
+    AutoencoderCard,
+    BaseCard,
+    Card,
+    Denoiser,
+    Network,
+    Params,
+    Schedule,
+)
 
-EMBEDDED = Path(__file__).parent / "embedded"
-"""Folder of the networks that come with the package."""
+C = TypeVar("C", bound=BaseCard)
+
+IN_FLIGHT = 2**27
+"""Bytes that are read or written at a time; above the size of any one parameter."""
 
 
-def _flatten(params: Params) -> dict[str, Any]:
+def flatten(params: Params) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -36,13 +50,13 @@ def _flatten(params: Params) -> dict[str, Any]:
 def checksum(params: Params) -> str:
     """SHA-256 over the names, shapes and float32 values of all parameters, in order of name."""
     digest = hashlib.sha256()
-    for name, leaf in sorted(_flatten(params).items()):
+    for name, leaf in sorted(flatten(params).items()):
         digest.update(f"{name} {leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf, dtype=np.float32).data)
     return digest.hexdigest()
 
 
-def module_of(card: Card, dtype: Any = jnp.float32) -> nn.Module:
+def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
     """The Flax module that a card describes, computing in ``dtype``.
 
     Raises:
@@ -50,12 +64,15 @@ def module_of(card: Card, dtype: Any = jnp.float32) -> nn.Module:
     """
     if card.architecture not in ARCHITECTURES:
         raise unknown("architecture", card.architecture, ARCHITECTURES)
+    if isinstance(card, Card):
+        more = dict(num_classes=card.num_classes, learned_variance=card.learned_variance)
+    else:
+        more = {}
     try:
         return ARCHITECTURES[card.architecture](
-            **card.config,
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in card.config.items()},
+            **more,
             image_shape=tuple(card.image_shape),
-            num_classes=card.num_classes,
-            learned_variance=card.learned_variance,
             dtype=dtype,
         )
     except TypeError as error:
@@ -97,6 +114,32 @@ def check_card(card: Card) -> Schedule:
     return schedule
 
 
+def check_params(module: Any, params: Params) -> None:
+    """Compares the whole tree with what the module has.
+
+    Raises:
+        ValueError: If they do not fit; lists every missing, extra and misshapen parameter.
+    """
+    expected, found = flatten(param_shapes(module)), flatten(params)
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"extra {name}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {found[name].shape}, expected {expected[name].shape}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise ValueError(f"parameters do not fit the card: {'; '.join(problems)}")
+
+
+def complete(card: C, module: Any, params: Params) -> C:
+    """The card with the number of parameters, the multiply-adds and the checksum filled in."""
+    macs = count_macs(lambda p, *x: module.apply({"params": p}, *x), params, *module.inputs())
+    return dataclasses.replace(
+        card, num_params=count_params(params), macs=macs, checksum=checksum(params)
+    )
+
+
 def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Network:
     """A network of its card and parameters; fills in the card's sizes and checksum.
 
@@ -110,26 +153,51 @@ def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Networ
     """
     schedule = check_card(card)
     module = module_of(card, dtype)
-    expected = _flatten(jax.eval_shape(lambda k: init_params(module, k), jax.random.key(0)))
-    found = _flatten(params)
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"extra {name}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {found[name].shape}, expected {expected[name].shape}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise ValueError(f"parameters do not fit the card: {'; '.join(problems)}")
+    check_params(module, params)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    card = dataclasses.replace(
-        card,
-        num_params=count_params(params),
-        macs=dit.macs(module) if isinstance(module, dit.DiT) else 0,
-        checksum=checksum(params),
-    )
     denoiser = _denoiser(module, card.target, card.learned_variance)
-    return Network(denoiser, params, card, schedule)
+    return Network(denoiser, params, complete(card, module, params), schedule)
+
+
+@functools.cache
+def _coders(module: Any, scale: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    # Cached for the same reason.
+    def encode(params: Params, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        def one(images: jax.Array, *noise: jax.Array) -> jax.Array:
+            mean, std = module.apply({"params": params}, images, method="moments")
+            return scale * (mean + std * noise[0] if noise else mean)
+
+        height, width = images.shape[1:3]
+        if height % module.factor or width % module.factor:
+            raise ValueError(
+                f"images must have sides that are multiples of {module.factor}, "
+                f"got {height}x{width}"
+            )
+        more = () if noise is None else (noise,)
+        return in_chunks(one, height * width, images, *more)
+
+    def decode(params: Params, latents: jax.Array) -> jax.Array:
+        def one(latents: jax.Array) -> jax.Array:
+            return module.apply({"params": params}, latents / scale, method="decode")
+
+        height, width = latents.shape[1:3]
+        return in_chunks(one, height * width * module.factor**2, latents)
+
+    return encode, decode
+
+
+def make_autoencoder(
+    card: AutoencoderCard, params: Params, dtype: Any = jnp.float32
+) -> Autoencoder:
+    """An autoencoder of its card and parameters, as ``make_network`` makes a network."""
+    if not card.scaling_factor > 0:
+        raise ValueError(f"scaling_factor must be positive, got {card.scaling_factor}")
+    module = module_of(card, dtype)
+    check_params(module, params)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    encode, decode = _coders(module, card.scaling_factor)
+    card = complete(card, module, params)
+    return Autoencoder(encode, decode, params, card, module.factor, module.latent_channels)
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
@@ -159,7 +227,38 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save(path: str | os.PathLike[str], network: Network, dtype: Any = np.float32) -> None:
+def check_place(path: Path) -> None:
+    """Raises ValueError if there is something in that place that is not a network folder."""
+    if (
+        path.exists()
+        and not (path / "card.json").exists()
+        and not (path.is_dir() and not any(path.iterdir()))
+    ):
+        raise ValueError(f"{path} exists and is not a network folder; choose another place")
+
+
+def write(path: Path, card: BaseCard, params: Params) -> None:
+    """Writes a network folder of a complete card whole or not at all; raises as ``save`` does.
+
+    The parameters should be JAX arrays, since Orbax copies NumPy's before it writes them.
+    """
+    import orbax.checkpoint as ocp
+
+    check_place(path)
+
+    def fill(folder: Path) -> None:
+        handler = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=IN_FLIGHT)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
+            checkpointer.save(folder.absolute() / "params", params)
+        text = json.dumps(dataclasses.asdict(card), indent=2)
+        (folder / "card.json").write_text(text + "\n")
+
+    replace_folder(path, fill)
+
+
+def save(
+    path: str | os.PathLike[str], network: Network | Autoencoder, dtype: Any = np.float32
+) -> None:
     """Writes a network folder whole or not at all; an existing network folder is replaced.
 
     Args:
@@ -172,34 +271,19 @@ def save(path: str | os.PathLike[str], network: Network, dtype: Any = np.float32
         ValueError: If there is something else in that place.
         OSError: If the folder cannot be written.
     """
-    import orbax.checkpoint as ocp
-
-    path = Path(path)
-    if (
-        path.exists()
-        and not (path / "card.json").exists()
-        and not (path.is_dir() and not any(path.iterdir()))
-    ):
-        raise ValueError(f"{path} exists and is not a network folder; choose another place")
-    stored = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), network.params)
+    stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), network.params)
     card = dataclasses.replace(network.card, checksum=checksum(stored))
-
-    def write(folder: Path) -> None:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(folder.absolute() / "params", stored)
-        text = json.dumps(dataclasses.asdict(card), indent=2)
-        (folder / "card.json").write_text(text + "\n")
-
-    replace_folder(path, write)
+    write(Path(path), card, stored)
 
 
-_KINDS = {"str": str, "int": int, "bool": bool, "dict": dict, "tuple": tuple}
+_KINDS = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "tuple": tuple}
 
 
-def _parse_card(fields: Any) -> Card:
+def _parse_card(fields: Any) -> BaseCard:
     if not isinstance(fields, dict):
         raise ValueError(f"a card is a JSON object, got {type(fields).__name__}")
-    known = {field.name: field for field in dataclasses.fields(Card)}
+    kind = AutoencoderCard if fields.get("architecture") == "autoencoder" else Card
+    known = {field.name: field for field in dataclasses.fields(kind)}
     needed = {k for k, f in known.items() if f.default is dataclasses.MISSING}
     wrong = [f"missing {name}" for name in sorted(needed - fields.keys())]
     wrong += [f"unknown {name}" for name in sorted(fields.keys() - known.keys())]
@@ -207,10 +291,10 @@ def _parse_card(fields: Any) -> Card:
         k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in known
     }
     for name, value in values.items():
-        kind = str(known[name].type)  # such as "tuple[str, ...]" or "int | None"
-        if value is None and kind.endswith("| None"):
+        declared = str(known[name].type)  # such as "tuple[str, ...]" or "int | None"
+        if value is None and declared.endswith("| None"):
             continue
-        if type(value) is not _KINDS[re.split(r"\W", kind)[0]]:
+        if type(value) is not _KINDS[re.split(r"\W", declared)[0]]:
             wrong.append(f"{name} is {value!r}")
     shape = values.get("image_shape")
     if not (
@@ -221,10 +305,10 @@ def _parse_card(fields: Any) -> Card:
         wrong.append("class_names are not all texts")
     if wrong:
         raise ValueError("; ".join(wrong))
-    return Card(**values)
+    return kind(**values)
 
 
-def read_card(path: str | os.PathLike[str]) -> Card:
+def read_card(path: str | os.PathLike[str]) -> BaseCard:
     """Reads the card of a network folder.
 
     Raises:
@@ -239,55 +323,66 @@ def read_card(path: str | os.PathLike[str]) -> Card:
         raise ValueError(f"{file} is damaged or not a card: {error}") from None
 
 
-def embedded_names() -> list[str]:
-    """Names of the networks that come with the package."""
-    return sorted(card.parent.name for card in EMBEDDED.glob("*/card.json"))
+@contextlib.contextmanager
+def _lean_malloc() -> Iterator[None]:
+    """While it lasts, glibc returns large blocks to the system when they are freed.
 
-
-def find(name: str | os.PathLike[str]) -> Path:
-    """The folder of an embedded name or of a path.
-
-    Raises:
-        ValueError: If there is neither; says the near names.
+    It else learns to keep blocks of up to 32 MiB, and the holes between the parameters that a load
+    leaves behind come to a third of their size. What it would have learned is set at the end.
     """
-    if str(name) in embedded_names():
-        return EMBEDDED / str(name)
-    if Path(name).is_dir():
-        return Path(name)
-    if os.sep in str(name):
-        raise ValueError(f"no network folder at {name}")
-    raise unknown("network", name, embedded_names())
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        yield
+        return
+    mallopt(mmap_threshold, 2**17)
+    try:
+        yield
+    finally:
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**26)
 
 
-def load(name: str | os.PathLike[str], dtype: Any = jnp.float32) -> Network:
-    """Loads a network onto the default device.
+def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
+    """Loads a network folder onto the default device.
 
     Args:
-        name: An embedded name such as ``"fashion-s"``, or the path of a network folder.
+        folder: The folder.
         dtype: What the network computes in, float32 or bfloat16; its parameters are float32.
+
+    Returns:
+        A ``Network``, or an ``Autoencoder`` where the folder holds one.
 
     Raises:
         ValueError: If there is no such network, or its folder is damaged.
     """
     import orbax.checkpoint as ocp
 
-    path = find(name)
+    path = Path(folder)
     card = read_card(path)
-    folder = path.absolute() / "params"
-    if not folder.is_dir():
+    stored = path.absolute() / "params"
+    if not stored.is_dir():
         raise ValueError(f"network folder {path} is damaged: it has no params")
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            found = checkpointer.metadata(folder)
+        # Straight into place and little at a time: else memory holds the parameters twice.
+        handler = ocp.BasePyTreeCheckpointHandler(restore_concurrent_bytes=IN_FLIGHT)
+        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler))
+        with _lean_malloc(), checkpointer:
+            found = checkpointer.metadata(stored)
             # Older releases of Orbax return the item's metadata itself.
             names = getattr(found, "item_metadata", found).tree
-            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-            params = checkpointer.restore(folder, restore_args=arguments)
+            place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            argument = ocp.ArrayRestoreArgs(sharding=place, dtype=np.float32)
+            params = checkpointer.restore(
+                stored, restore_args=jax.tree.map(lambda _: argument, names)
+            )
     except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is damaged.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"network folder {path} is damaged: {first[:200]}") from error
     try:
-        network = make_network(card, params, dtype)
+        make: Any = make_network if isinstance(card, Card) else make_autoencoder
+        network = make(card, params, dtype)
     except Exception as error:  # numbers that no network can have fail in many places
         raise ValueError(f"network folder {path} is damaged: {error}") from error
     if card.checksum != network.card.checksum:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tstitch_jax.types import BaseCard, Card
+
 if TYPE_CHECKING:
-    from tstitch_jax.types import Card, Network
+    from tstitch_jax.types import Network
 
 EMBEDDED_PAIR = ("fashion-s", "fashion-xl")
 DEFAULT_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -64,19 +66,53 @@ def _scale(text: str) -> float | None:
 
 
 def networks_command(arguments: argparse.Namespace) -> None:
-    from tstitch_jax import checkpoint
+    from tstitch_jax import checkpoint, hub
 
+    known: dict[str, BaseCard | hub.Public] = {
+        name: checkpoint.read_card(hub.find(name)) for name in hub.embedded_names()
+    }
+    known |= hub.PUBLIC
     rows = []
-    for name in checkpoint.embedded_names():
-        card = checkpoint.read_card(checkpoint.find(name))
+    for name, card in known.items():
+        where = "here" if isinstance(card, BaseCard) or hub.is_cached(name) else "download"
+        classes = str(getattr(card, "num_classes", 0) or "-")
         shape = "x".join(map(str, card.image_shape))
         rows.append(
-            [name, _count(card.num_params), _count(card.macs), shape, str(card.num_classes),
+            [name, _count(card.num_params), _count(card.macs), shape, classes, where,
              card.license, card.source, card.data]
         )  # fmt: skip
-    header = ["network", "parameters", "FLOPs", "image", "classes", "license", "source", "data"]
+    header = ["network", "parameters", "FLOPs", "input", "classes", "where", "license", "source",
+              "data"]  # fmt: skip
     print(_table(header, rows))
-    print("\nFLOPs: multiply-adds of one forward pass of one image, as the DiT paper counts them.")
+    print(
+        "\nFLOPs: multiply-adds of one forward pass of one input, as the DiT paper counts them."
+        "\nWhat is not here is downloaded and converted when it is first used, into "
+        f"{hub.cache_folder()}."
+    )
+
+
+def convert_command(arguments: argparse.Namespace) -> None:
+    from checkpoints_convert import convert
+
+    card = convert(
+        arguments.source,
+        arguments.out,
+        family=arguments.family,
+        num_heads=arguments.num_heads,
+        license=arguments.license,
+        force=arguments.force,
+    )
+    config = ", ".join(f"{k} {v}" for k, v in card.config.items())
+    print(f"{card.architecture}: {config}")
+    if isinstance(card, Card):
+        shape = "x".join(map(str, card.image_shape))
+        print(
+            f"{shape} inputs, {card.num_classes} classes, target {card.target}, schedule "
+            f"{card.schedule['name']}, guidance on {card.guidance_channels or 'all'} channels"
+        )
+        if card.config["variant"] == "dit":
+            print("A SiT has the same tensors: if it is one, give --family sit.")
+    print(f"{_count(card.num_params)} parameters, SHA-256 {card.source_checksum}\n{arguments.out}")
 
 
 def _plans(networks: Sequence[Network], given: Sequence[Sequence[float]] | None):
@@ -103,7 +139,8 @@ def sample_command(arguments: argparse.Namespace) -> None:
     networks = [ts.load(name, dtype) for name in arguments.networks]
     pipeline.check_networks(networks)
     card = networks[-1].card
-    pipeline.check_images(networks[-1])
+    wanted = arguments.autoencoder or card.autoencoder
+    autoencoder = ts.load(wanted, dtype) if wanted else None
     names = [n.card.name for n in networks]
     labels = _labels(arguments.labels, card)
 
@@ -118,6 +155,7 @@ def sample_command(arguments: argparse.Namespace) -> None:
             eta=arguments.eta,
             cfg_scale=arguments.cfg_scale,
             cfg_channels=arguments.cfg_channels,
+            autoencoder=autoencoder,
         )
 
     rows = _plans(networks, arguments.fractions)
@@ -210,7 +248,7 @@ def _preview(steps: int = 50, rows: int = 4) -> Callable[[Network, Path], None]:
         from tstitch_jax import pictures, pipeline
 
         card = network.card
-        if card.image_shape[2] not in (1, 3):
+        if card.autoencoder or card.image_shape[2] not in (1, 3):
             return
         labels = _labels(None, card)
         images = pipeline.sample(jax.random.key(0), [network], labels=labels * rows, steps=steps)
@@ -328,6 +366,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="LABEL",
         help="classes by number or name, one a column (default: the first ten)",
     )
+    sub.add_argument(
+        "--autoencoder",
+        metavar="NAME",
+        help="what decodes the latents of latent networks (default: what the card says)",
+    )
     sub.add_argument("--seed", type=_seed, default=0, help="seed of the noise (default: 0)")
     sub.add_argument(
         "--dtype",
@@ -337,6 +380,28 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", default="samples.png", metavar="FILE",
                      help="the picture (default: samples.png)")  # fmt: skip
+
+    sub = command(
+        "convert", convert_command, "convert a foreign checkpoint to a network folder",
+        "tstitch convert DiT-XL-2-256x256.pt networks/dit-xl",
+    )  # fmt: skip
+    sub.add_argument(
+        "source",
+        metavar="SRC",
+        help="a .pt, .pth, .ckpt, .bin or .safetensors file, a *.index.json, or the folder of a "
+        "diffusers network (config.json and weights); nothing in it is run",
+    )
+    sub.add_argument("out", metavar="OUT", help="the folder to write")
+    sub.add_argument(
+        "--family",
+        metavar="NAME",
+        help="dit, sit or autoencoder (default: told from the tensors' names, where a SiT counts "
+        "as a dit)",
+    )
+    sub.add_argument("--num-heads", type=_positive, metavar="N",
+                     help="attention heads, for a network of no published size")  # fmt: skip
+    sub.add_argument("--license", default="", metavar="TEXT", help="what the card says of it")
+    sub.add_argument("--force", action="store_true", help="replace a network folder at OUT")
 
     sub = command(
         "train", train_command, "train a network, or go on with a run that was stopped",

@@ -19,21 +19,30 @@ from tstitch_jax.sampler import draw_noise, image_keys, run
 from tstitch_jax.schedules import make_knots
 from tstitch_jax.solvers import make_solver
 from tstitch_jax.stitch import stitch
-from tstitch_jax.types import Denoiser, Key, Network
+from tstitch_jax.types import Autoencoder, Denoiser, Key, Network
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("denoisers", "solver", "channels", "null", "shape", "return_trajectory"),
+    static_argnames=(
+        "denoisers",
+        "solver",
+        "channels",
+        "null",
+        "shape",
+        "decoder",
+        "clip",
+        "return_trajectory",
+    ),
 )
 def _sample(
-    key, params, plan, knots, labels, scale, eta, noise,
-    *, denoisers, solver, channels, null, shape, return_trajectory,
+    key, params, plan, knots, labels, scale, eta, noise, decoder_params,
+    *, denoisers, solver, channels, null, shape, decoder, clip, return_trajectory,
 ):  # fmt: skip
     if scale is not None:
         denoisers = [cfg(d, scale, null, c) for d, c in zip(denoisers, channels, strict=True)]
     keys = image_keys(key, jnp.arange(labels.shape[0]))
-    return run(
+    result = run(
         stitch(denoisers, plan),
         make_solver(solver) if eta is None else make_solver(solver, eta=eta),
         knots,
@@ -43,6 +52,13 @@ def _sample(
         keys=keys,
         return_trajectory=return_trajectory,
     )
+    x: Any
+    x, trajectory = result if return_trajectory else (result, None)
+    if decoder is not None:
+        x = decoder(decoder_params, x)
+    if clip:
+        x = jnp.clip(x, -1, 1)
+    return (x, trajectory) if return_trajectory else x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +96,9 @@ def check_networks(networks: Sequence[Network]) -> None:
         for what, a, b in (
             ("image shape", first.card.image_shape, other.card.image_shape),
             ("number of classes", first.card.num_classes, other.card.num_classes),
+            ("autoencoder", first.card.autoencoder, other.card.autoencoder),
         ):
-            if a != b:
+            if a != b and not (what == "autoencoder" and "" in (a, b)):
                 raise ValueError(
                     f"{first.card.name} and {other.card.name} cannot be stitched: "
                     f"their {what} differs, {a} and {b}"
@@ -103,13 +120,24 @@ def _check_labels(labels: Sequence[int] | np.ndarray, classes: int) -> np.ndarra
     return array.astype(np.int32)
 
 
-def check_images(network: Network) -> None:
-    """Raises ValueError if the network makes latents, which nothing here decodes."""
-    channels = network.card.image_shape[2]
-    if channels not in (1, 3):
+def check_autoencoder(network: Network, autoencoder: Autoencoder | None) -> None:
+    """Raises ValueError unless what the network makes can be turned into images."""
+    card = network.card
+    if autoencoder is not None and not isinstance(autoencoder, Autoencoder):
         raise ValueError(
-            f"{network.card.name} makes latents of {channels} channels, not images, and has no "
-            "autoencoder; ts.sample(..., decode=False) returns them"
+            f"autoencoder must be what ts.load returns for one, got {autoencoder!r:.80}"
+        )
+    if autoencoder is None:
+        if card.autoencoder or card.image_shape[2] not in (1, 3):
+            name = card.autoencoder or "sd-vae-ft-ema"
+            raise ValueError(
+                f"{card.name} makes latents of {card.image_shape[2]} channels, not images; "
+                f"give autoencoder=ts.load({name!r}), or decode=False for the latents"
+            )
+    elif autoencoder.channels != card.image_shape[2]:
+        raise ValueError(
+            f"{card.name} makes {card.image_shape[2]} channels, the autoencoder "
+            f"{autoencoder.card.name} takes latents of {autoencoder.channels}"
         )
 
 
@@ -133,6 +161,8 @@ def prepare(
     cfg_scale: float | None = 1.5,
     cfg_channels: int | None = None,
     noise: Float[Array | np.ndarray, "b h w c"] | None = None,
+    autoencoder: Autoencoder | None = None,
+    decode: bool = True,
     return_trajectory: bool = False,
 ) -> Sampling:
     """Checks everything that ``sample`` takes, before anything is compiled; raises as it does."""
@@ -175,6 +205,9 @@ def prepare(
         if noise.shape != expected:
             raise ValueError(f"noise must be {expected}, one per label, got {tuple(noise.shape)}")
 
+    if decode:
+        check_autoencoder(networks[-1], autoencoder)
+    decoder = autoencoder if decode else None
     denoisers: list[Denoiser] = [network.denoiser for network in networks]
     if len({network.card.learned_variance for network in networks}) > 1:
         denoisers = [_plain(denoiser) for denoiser in denoisers]
@@ -188,6 +221,7 @@ def prepare(
             None if cfg_scale is None else np.float32(cfg_scale),
             None if eta == 0 else np.float32(eta),
             noise,
+            None if decoder is None else decoder.params,
         ),
         static=dict(
             denoisers=tuple(denoisers),
@@ -195,6 +229,8 @@ def prepare(
             channels=tuple(cfg_channels or n.card.guidance_channels for n in networks),
             null=card.num_classes,
             shape=card.image_shape,
+            decoder=None if decoder is None else decoder.decode,
+            clip=decode,
             return_trajectory=return_trajectory,
         ),
     )
@@ -217,6 +253,7 @@ def sample(
     cfg_scale: float | None = 1.5,
     cfg_channels: int | None = None,
     noise: Float[Array | np.ndarray, "b h w c"] | None = None,
+    autoencoder: Autoencoder | None = None,
     decode: bool = True,
     return_trajectory: bool = False,
 ) -> Any:
@@ -238,25 +275,21 @@ def sample(
             unconditional half; None runs the conditional one alone, at half the price.
         cfg_channels: How many of the first channels are guided; None for what the card says.
         noise: x_T, float32 ``[B, H, W, C]``, instead of noise drawn from the key.
+        autoencoder: What decodes the latents of latent networks, in the same executable; see
+            ``card.autoencoder`` for the one that a network was trained with.
         decode: Whether to return images clipped to [-1, 1]; else what the network denoises, as is.
-        return_trajectory: Whether to return x after each step too (never clipped).
+        return_trajectory: Whether to return x after each step too (neither clipped nor decoded).
 
     Returns:
-        float32 ``[B, H, W, C]``; with ``return_trajectory`` a pair of it and ``[N, B, H, W, C]``.
+        float32 ``[B, H, W, C]``, of the latents' shape if they are not decoded; with
+        ``return_trajectory`` a pair of it and ``[N, B, H, W, C]``.
 
     Raises:
         ValueError: If any argument is not as said, or the networks do not fit together; before
             anything is compiled.
     """
-    sampling = prepare(
+    return prepare(
         key, networks, labels=labels, fractions=fractions, plan=plan, steps=steps, solver=solver,
         eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels, noise=noise,
-        return_trajectory=return_trajectory,
-    )  # fmt: skip
-    if decode:
-        check_images(networks[0])
-    result = sampling.run()
-    images, trajectory = result if return_trajectory else (result, None)
-    if decode:
-        images = jnp.clip(images, -1, 1)
-    return (images, trajectory) if return_trajectory else images
+        autoencoder=autoencoder, decode=decode, return_trajectory=return_trajectory,
+    ).run()  # fmt: skip

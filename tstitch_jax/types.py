@@ -129,24 +129,20 @@ class Solver(NamedTuple):
     stochastic: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What there is to know of a network besides its parameters; ``card.json`` in its folder.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseCard:
+    """What there is to know of any network besides its parameters; ``card.json`` in its folder.
 
     Attributes:
         name: Its short name.
         architecture: The registered name of the Flax module, e.g. ``"dit"``.
         config: The keyword arguments of that module.
-        target: What its output is: ``"eps"``, ``"v"``, ``"x0"`` or ``"flow"``.
-        learned_variance: Whether a second half of the output channels holds the variance.
-        schedule: The arguments of ``make_schedule``.
-        image_shape: ``(H, W, C)`` of what it denoises: images, or the latents of an autoencoder.
-        num_classes: Number of classes; the null label of guidance is this number itself.
-        class_names: Their names, or empty.
-        guidance_channels: How many of the first channels guidance acts on by default; None for all.
+        image_shape: ``(H, W, C)`` of its input.
         num_params: Number of parameters.
         macs: Multiply-adds of one forward pass of one image.
         source: Where it comes from: a file, a hub, or the command that trained it.
+        source_checksum: SHA-256 of the file it was converted from, hexadecimal; of several files,
+            that of the text with one line ``"SHA-256  NAME"`` for each, in order of name.
         data: What it was trained on.
         license: The license of the weights.
         checksum: SHA-256 of the parameters, hexadecimal.
@@ -155,19 +151,48 @@ class Card:
     name: str
     architecture: str
     config: dict[str, Any]
-    target: str
-    learned_variance: bool
-    schedule: dict[str, Any]
     image_shape: tuple[int, int, int]
-    num_classes: int
-    class_names: tuple[str, ...] = ()
-    guidance_channels: int | None = None
     num_params: int = 0
     macs: int = 0
     source: str = ""
+    source_checksum: str = ""
     data: str = ""
     license: str = ""
     checksum: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card(BaseCard):
+    """The card of a network that denoises images, or the latents of an autoencoder.
+
+    Attributes:
+        target: What its output is: ``"eps"``, ``"v"``, ``"x0"`` or ``"flow"``.
+        learned_variance: Whether a second half of the output channels holds the variance.
+        schedule: The arguments of ``make_schedule``.
+        num_classes: Number of classes; the null label of guidance is this number itself.
+        class_names: Their names, or empty.
+        guidance_channels: How many of the first channels guidance acts on by default; None for all.
+        autoencoder: The name of the autoencoder whose latents it denoises; empty for images.
+    """
+
+    target: str
+    learned_variance: bool
+    schedule: dict[str, Any]
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    guidance_channels: int | None = None
+    autoencoder: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderCard(BaseCard):
+    """The card of an autoencoder, whose ``image_shape`` is that of the images it was trained on.
+
+    Attributes:
+        scaling_factor: What the encoder's output is multiplied by to give latents.
+    """
+
+    scaling_factor: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,3 +203,26 @@ class Network:
     params: Params
     card: Card
     schedule: Schedule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Autoencoder:
+    """The way from images to latents and back, with its parameters and its card.
+
+    Attributes:
+        encode: ``(params, images, noise) -> latents``: float32 ``[B, H, W, C]`` in [-1, 1] to
+            float32 ``[B, H/f, W/f, D]``. With ``noise``, float32 of the latents' shape, a sample
+            of the posterior, with None its mean.
+        decode: ``(params, latents) -> images``, not clipped.
+        params: Its parameters, a nested dict.
+        card: What it is.
+        factor: ``f``, how many times smaller latents are than images.
+        channels: ``D``, the latents' channels.
+    """
+
+    encode: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
+    decode: Callable[[Params, jax.Array], jax.Array]
+    params: Params
+    card: AutoencoderCard
+    factor: int
+    channels: int

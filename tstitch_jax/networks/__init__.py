@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from tstitch_jax.networks import dit
+from tstitch_jax.networks import autoencoder, dit
 from tstitch_jax.types import Params
 
-ARCHITECTURES: dict[str, type[nn.Module]] = {"dit": dit.DiT}
+ARCHITECTURES: dict[str, type] = {"dit": dit.DiT, "autoencoder": autoencoder.KLAutoencoder}
 
 SIZES: dict[str, dict[str, Any]] = {
     f"dit-{size}-{patch}": {**config, "patch": patch}
@@ -21,17 +21,42 @@ SIZES: dict[str, dict[str, Any]] = {
 """The twelve published sizes: keyword arguments of ``DiT`` without its input and its classes."""
 
 
-def dummy_inputs(module: Any, batch: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Inputs of the right shapes and dtypes: images, times, labels."""
-    x = jnp.zeros((batch, *module.image_shape), jnp.float32)
-    return x, jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32)
-
-
-def init_params(module: nn.Module, key: jax.Array) -> Params:
+def init_params(module: Any, key: jax.Array) -> Params:
     """Fresh parameters, a plain nested dict; under ``jax.eval_shape`` only their shapes."""
-    return module.init(key, *dummy_inputs(module))["params"]
+    return module.init(key, *module.inputs())["params"]
+
+
+def param_shapes(module: Any) -> Params:
+    """Shapes and dtypes of the parameters."""
+    return jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0))
 
 
 def count_params(params: Params) -> int:
     """Number of parameters; takes arrays or their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def count_macs(function: Callable[..., Any], *arguments: Any) -> int:
+    """Multiply-adds in the matrix products and convolutions of ``function``.
+
+    The DiT paper calls them flops. Nothing is computed; the arguments may be shapes.
+    """
+
+    def count(jaxpr: Any) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            size = math.prod(equation.outvars[0].aval.shape)
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                shape = equation.invars[0].aval.shape
+                total += size * math.prod(shape[axis] for axis in contracted)
+            elif equation.primitive.name == "conv_general_dilated":
+                kernel = equation.invars[1].aval
+                features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+                total += size * math.prod(kernel.shape) // features
+            for inner in equation.params.values():  # a call's own program, open or closed
+                inner = getattr(inner, "jaxpr", inner)
+                total += count(inner) if hasattr(inner, "eqns") else 0
+        return total
+
+    return count(jax.make_jaxpr(function)(*arguments).jaxpr)

@@ -24,15 +24,24 @@ PATCHES = (2, 4, 8)
 FREQUENCIES = 256
 """Length of the sinusoidal code of the time, before its MLP."""
 
+VARIANTS = ("dit", "sit", "diffusers")
+"""What of the published programs the parameters do not show; see ``DiT.variant``."""
+
 _xavier = nn.initializers.xavier_uniform()
 _normal = nn.initializers.normal(0.02)
 _zeros = nn.initializers.zeros
 
 
-def time_code(time: Float[Array, " b"]) -> Float[Array, "b f"]:
-    """Sinusoidal code of the time, cosines first, with periods from 2 pi to 20,000 pi; float32."""
+def time_code(time: Float[Array, " b"], shift: int = 0) -> Float[Array, "b f"]:
+    """Sinusoidal code of the time, cosines first, with periods from 2 pi to 20,000 pi; float32.
+
+    With a shift of 1 the last period is exactly 20,000 pi, else the one after the last would be.
+    """
     half = FREQUENCIES // 2
-    rates = jnp.exp(-math.log(10_000) / half * jnp.arange(half, dtype=jnp.float32))
+    # A time of 1000 turns the last bit of a rate into 1e-4 of an angle: rounded as the published
+    # programs round, and on the host, since not every device has an exact exp.
+    exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32)
+    rates = np.exp((exponents / np.float32(half - shift)).astype(np.float64)).astype(np.float32)
     angles = time.astype(jnp.float32)[:, None] * rates
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -57,11 +66,15 @@ def position_code(height: int, width: int, channels: int) -> np.ndarray:
 
 
 def modulate(
-    x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"], dtype: Any
+    x: Float[Array, "b n d"],
+    shift: Float[Array, "b d"],
+    scale: Float[Array, "b d"],
+    dtype: Any,
+    epsilon: float = 1e-6,
 ) -> Float[Array, "b n d"]:
     """Layer norm (statistics in float32) with a shift and scale per image."""
     x, shift, scale = (a.astype(jnp.float32) for a in (x, shift[:, None], scale[:, None]))
-    x = nn.LayerNorm(1e-6, use_bias=False, use_scale=False)(x)
+    x = nn.LayerNorm(epsilon, use_bias=False, use_scale=False)(x)
     return (x * (1 + scale) + shift).astype(dtype)
 
 
@@ -71,6 +84,7 @@ class Block(nn.Module):
     num_heads: int
     mlp_ratio: float
     dtype: Any
+    mlp_epsilon: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
@@ -91,7 +105,7 @@ class Block(nn.Module):
         h = jax.nn.dot_product_attention(q, k, v).reshape(h.shape)
         x = x + gate1[:, None] * dense(width, "attention_out")(h)
 
-        h = modulate(x, shift2, scale2, self.dtype)
+        h = modulate(x, shift2, scale2, self.dtype, self.mlp_epsilon)
         h = nn.gelu(dense(round(self.mlp_ratio * width), "mlp_in")(h), approximate=True)
         return x + gate2[:, None] * dense(width, "mlp_out")(h)
 
@@ -109,6 +123,10 @@ class DiT(nn.Module):
         num_classes: Number of classes without the null class.
         learned_variance: Whether the second half of the output channels codes the variance.
         mlp_ratio: Width of the MLP over ``width``.
+        variant: ``"dit"``, as published. ``"sit"`` (Ma et al. 2024, arXiv:2401.08740): the code of
+            ``1 - time``, since its time runs from noise to data. ``"diffusers"``, as that library
+            trains it: each block embeds time and label by itself (the last layer takes the first
+            block's), the time's code has a shift of 1, and the MLP's norm an epsilon of 1e-5.
         dtype: Compute dtype, float32 or bfloat16. Parameters, time embedding, normalisation
             statistics, softmax and the last projection are float32 in either.
     """
@@ -121,6 +139,7 @@ class DiT(nn.Module):
     num_classes: int
     learned_variance: bool = True
     mlp_ratio: float = 4.0
+    variant: str = "dit"
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -132,7 +151,14 @@ class DiT(nn.Module):
             raise ValueError(f"patch {self.patch} does not divide images of {height}x{width}")
         if self.width % self.num_heads:
             raise ValueError(f"{self.num_heads} heads do not divide a width of {self.width}")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {VARIANTS}, got {self.variant!r}")
         super().__post_init__()
+
+    def inputs(self, batch: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Inputs of the right shapes and dtypes: images, times, labels."""
+        x = jnp.zeros((batch, *self.image_shape), jnp.float32)
+        return x, jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32)
 
     @nn.compact
     def __call__(
@@ -148,14 +174,22 @@ class DiT(nn.Module):
         h = nn.Dense(self.width, dtype=self.dtype, kernel_init=_xavier, name="patch_in")(h)
         h = h + position_code(rows, columns, self.width).astype(self.dtype)
 
-        c = nn.Dense(self.width, kernel_init=_normal, name="time_in")(time_code(time))
-        c = nn.Dense(self.width, kernel_init=_normal, name="time_out")(nn.silu(c))
-        # The published programs keep this table in float32 too.
-        c = c + nn.Embed(self.num_classes + 1, self.width, embedding_init=_normal, name="labels")(
-            labels
-        )
+        foreign = self.variant == "diffusers"
+        code = time_code(1 - time if self.variant == "sit" else time, int(foreign))
+
+        def embed(prefix: str) -> jax.Array:
+            c = nn.Dense(self.width, kernel_init=_normal, name=f"{prefix}time_in")(code)
+            c = nn.Dense(self.width, kernel_init=_normal, name=f"{prefix}time_out")(nn.silu(c))
+            # The published programs keep this table in float32 too.
+            return c + nn.Embed(
+                self.num_classes + 1, self.width, embedding_init=_normal, name=f"{prefix}labels"
+            )(labels)
+
+        size = (self.num_heads, self.mlp_ratio, self.dtype, 1e-5 if foreign else 1e-6)
+        cs = [embed(f"block_{i}_") for i in range(self.depth)] if foreign else [embed("")]
+        c = cs[0]
         for i in range(self.depth):
-            h = Block(self.num_heads, self.mlp_ratio, self.dtype, name=f"block_{i}")(h, c)
+            h = Block(*size, name=f"block_{i}")(h, cs[i] if foreign else c)
 
         ada = nn.Dense(2 * self.width, kernel_init=_zeros, name="modulation")(nn.silu(c))
         shift, scale = jnp.split(ada, 2, axis=-1)
@@ -164,13 +198,3 @@ class DiT(nn.Module):
         h = nn.Dense(p * p * out, kernel_init=_zeros, name="patch_out")(h)
         h = h.reshape(batch, rows, columns, p, p, out).swapaxes(2, 3)
         return h.reshape(batch, height, width, out)
-
-
-def macs(module: DiT) -> int:
-    """Multiply-adds of one forward pass of one image (what the paper counts as flops)."""
-    height, width, channels = module.image_shape
-    d, tokens = module.width, (height // module.patch) * (width // module.patch)
-    out = channels * (2 if module.learned_variance else 1)
-    block = tokens * d * d * (4 + 2 * module.mlp_ratio) + 2 * tokens**2 * d + 6 * d * d
-    ends = tokens * module.patch**2 * d * (channels + out) + d * (FREQUENCIES + 3 * d)
-    return round(module.depth * block + ends)

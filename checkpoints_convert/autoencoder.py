@@ -1,0 +1,186 @@
+"""KL autoencoders: diffusers' ``AutoencoderKL``, two generations of it, and CompVis'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.family import Conversion, count, shape_of
+from checkpoints_convert.rules import Rule, Tensor, conv, layer, same
+from tstitch_jax.types import AutoencoderCard
+
+SCALING_FACTOR = 0.18215
+"""Of Stable Diffusion's autoencoder, where the checkpoint does not say it (Rombach et al. 2022)."""
+
+
+class Names(NamedTuple):
+    """The names of a layout; ``{i}`` is the level from full resolution, ``{r}`` from the lowest."""
+
+    down: str
+    downsample: str
+    up: str
+    upsample: str
+    middle: tuple[str, str]
+    attention: str
+    projections: tuple[str, str, str, str, str]  # norm, query, key, value, out
+    norm_out: str
+    shortcut: str
+    prefix: str = ""
+
+
+DIFFUSERS = Names(
+    down="down_blocks.{i}.resnets.{j}",
+    downsample="down_blocks.{i}.downsamplers.0.conv",
+    up="up_blocks.{r}.resnets.{j}",
+    upsample="up_blocks.{r}.upsamplers.0.conv",
+    middle=("mid_block.resnets.0", "mid_block.resnets.1"),
+    attention="mid_block.attentions.0",
+    projections=("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
+    norm_out="conv_norm_out",
+    shortcut="conv_shortcut",
+)
+OLDER = DIFFUSERS._replace(projections=("group_norm", "query", "key", "value", "proj_attn"))
+COMPVIS = Names(
+    down="down.{i}.block.{j}",
+    downsample="down.{i}.downsample.conv",
+    up="up.{i}.block.{j}",
+    upsample="up.{i}.upsample.conv",
+    middle=("mid.block_1", "mid.block_2"),
+    attention="mid.attn_1",
+    projections=("norm", "q", "k", "v", "proj_out"),
+    norm_out="norm_out",
+    shortcut="nin_shortcut",
+)
+WITHIN = "first_stage_model."
+"""Where a whole latent diffusion checkpoint keeps its autoencoder."""
+
+
+def _norm(target: str, source: str) -> Iterator[Rule]:
+    yield Rule(f"{target}/scale", (f"{source}.weight",), same)
+    yield Rule(f"{target}/bias", (f"{source}.bias",), same)
+
+
+def _resnet(target: str, source: str, names: Names, changes_width: bool) -> Iterator[Rule]:
+    for i in (1, 2):
+        yield from _norm(f"{target}/norm{i}", f"{source}.norm{i}")
+        yield from layer(f"{target}/conv{i}", f"{source}.conv{i}", transform=conv)
+    if changes_width:
+        yield from layer(f"{target}/shortcut", f"{source}.{names.shortcut}")
+
+
+def _half(half: str, names: Names, widths: tuple[int, ...], layers: int) -> Iterator[Rule]:
+    """The encoder's or the decoder's rules."""
+    root, last = f"{names.prefix}{half}", len(widths) - 1
+    yield from layer(f"{half}/conv_in", f"{root}.conv_in", transform=conv)
+    for i, width in enumerate(widths):
+        if half == "encoder":
+            blocks, block, resize = layers, names.down, names.downsample
+            before, resized = widths[max(i - 1, 0)], "down" if i < last else ""
+        else:
+            blocks, block, resize = layers + 1, names.up, names.upsample
+            before, resized = widths[min(i + 1, last)], "up" if i else ""
+        for j in range(blocks):
+            source = f"{root}.{block.format(i=i, r=last - i, j=j)}"
+            yield from _resnet(
+                f"{half}/level_{i}_resnet_{j}", source, names, j == 0 and before != width
+            )
+        if resized:
+            source = f"{root}.{resize.format(i=i, r=last - i)}"
+            yield from layer(f"{half}/level_{i}_{resized}", source, transform=conv)
+    for j, source in enumerate(names.middle):
+        yield from _resnet(f"{half}/middle/resnet_{j}", f"{root}.{source}", names, False)
+    target, source = f"{half}/middle/attention", f"{root}.{names.attention}"
+    yield from _norm(f"{target}/norm", f"{source}.{names.projections[0]}")
+    for to, name in zip(("q", "k", "v", "out"), names.projections[1:], strict=True):
+        yield from layer(f"{target}/{to}", f"{source}.{name}")
+    yield from _norm(f"{half}/norm_out", f"{root}.{names.norm_out}")
+    yield from layer(f"{half}/conv_out", f"{root}.conv_out", transform=conv)
+
+
+def _convert(
+    names: Names, tensors: Mapping[str, Tensor], config: Mapping[str, Any], ignored: tuple[str, ...]
+) -> Conversion:
+    root = f"{names.prefix}encoder."
+    first = root + names.down.replace("{i}", "0").replace("{j}", "0")
+    levels = count(
+        tensors, (root + names.down.split("{i}")[0]).replace(".", r"\.") + r"(\d{1,6})\."
+    )
+    blocks = (first[:-1]).replace(".", r"\.") + r"(\d{1,6})\."
+    layers = count(tensors, blocks)
+    widths = tuple(
+        shape_of(tensors, root + names.down.format(i=i, j=0) + ".conv1.weight", 4)[0]
+        for i in range(max(levels, 1))
+    )
+    channels = shape_of(tensors, f"{names.prefix}quant_conv.weight", 4)[0] // 2
+    fixed = {
+        "act_fn": "silu",
+        "block_out_channels": list(widths),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": layers,
+        "latent_channels": channels,
+        "latents_mean": None,
+        "latents_std": None,
+        "mid_block_add_attention": True,
+        "shift_factor": None,
+        "use_post_quant_conv": True,
+        "use_quant_conv": True,
+    }
+    wrong = [
+        f"{key} is {config[key]!r}, expected {value!r}"
+        for key, value in fixed.items()
+        if key in config and config[key] != value
+    ]
+    side, groups = config.get("sample_size", 256), config.get("norm_num_groups", 32)
+    scale = config.get("scaling_factor", SCALING_FACTOR)
+    for key, value in (("sample_size", side), ("norm_num_groups", groups)):
+        if type(value) is not int or value < 1:
+            wrong.append(f"{key} is {value!r}, expected a whole number")
+    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
+        wrong.append(f"scaling_factor is {scale!r}, expected a positive number")
+    if wrong:
+        raise CheckpointError(f"config.json: {'; '.join(wrong)}")
+    card = AutoencoderCard(
+        name="",
+        architecture="autoencoder",
+        config={
+            "widths": list(widths),
+            "layers": layers,
+            "latent_channels": channels,
+            "groups": groups,
+        },
+        image_shape=(side, side, shape_of(tensors, f"{root}conv_in.weight", 4)[1]),
+        scaling_factor=float(scale),
+    )
+    rules = [rule for half in ("encoder", "decoder") for rule in _half(half, names, widths, layers)]
+    rules += [*layer("quant", f"{names.prefix}quant_conv"),
+              *layer("post_quant", f"{names.prefix}post_quant_conv")]  # fmt: skip
+    return Conversion(card, rules, ignored)
+
+
+def diffusers(
+    family: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], heads: int | None
+) -> Conversion:
+    """The conversion of diffusers' ``AutoencoderKL``, with or without its ``config.json``."""
+    older = f"encoder.{OLDER.attention}.query.weight" in tensors
+    return _convert(OLDER if older else DIFFUSERS, tensors, config, ())
+
+
+def compvis(
+    family: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], heads: int | None
+) -> Conversion:
+    """The conversion of CompVis' autoencoder, alone or in a whole latent diffusion checkpoint.
+
+    The rest of the checkpoint, the discriminator and a second, averaged copy are left out.
+    """
+    prefix = WITHIN if any(name.startswith(WITHIN) for name in tensors) else ""
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    ours = tuple(prefix + part for part in parts)
+    # Within a whole checkpoint everything else is; of a lone autoencoder only what is known.
+    others = ("",) if prefix else ("loss.", "model_ema.")
+    ignored = tuple(
+        name for name in tensors if not name.startswith(ours) and name.startswith(others)
+    )
+    ignored += tuple(name for name in tensors if name.startswith(f"{prefix}loss."))
+    return _convert(COMPVIS._replace(prefix=prefix), tensors, {}, ignored)

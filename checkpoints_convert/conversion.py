@@ -1,0 +1,183 @@
+"""From a foreign checkpoint to a network folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax.traverse_util import unflatten_dict
+from tqdm import tqdm
+
+from checkpoints_convert import autoencoder, dit, readers, rules
+from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.family import Conversion
+from checkpoints_convert.rules import Tensor
+from tstitch_jax.checkpoint import check_place, complete, flatten, module_of, write
+from tstitch_jax.networks import param_shapes
+from tstitch_jax.schedules import unknown
+from tstitch_jax.types import BaseCard
+
+
+class Layout(NamedTuple):
+    """A way to name the tensors of a network.
+
+    Attributes:
+        name: What it is called in messages.
+        families: The families that use it, the first one if none is given.
+        names: What all its tensors' names match.
+        convert: ``(family, tensors, config, num_heads) -> Conversion``.
+    """
+
+    name: str
+    families: tuple[str, ...]
+    names: str
+    convert: Callable[[str, Mapping[str, Tensor], Mapping[str, Any], int | None], Conversion]
+
+
+LAYOUTS = (
+    Layout(
+        "the published DiT and SiT",
+        ("dit", "sit"),
+        r"pos_embed|(x_embedder|t_embedder|y_embedder|final_layer|blocks\.\d+)\.\w.*",
+        dit.published,
+    ),
+    Layout(
+        "diffusers' DiT",
+        ("dit",),
+        r"(pos_embed\.proj|proj_out_[12]|transformer_blocks\.\d+)\.\w.*",
+        dit.diffusers,
+    ),
+    Layout(
+        "diffusers' AutoencoderKL",
+        ("autoencoder",),
+        r"(en|de)coder\.(down_blocks|up_blocks|mid_block|conv_norm_out)\..*",
+        autoencoder.diffusers,
+    ),
+    Layout(
+        "CompVis' autoencoder",
+        ("autoencoder",),
+        r"(first_stage_model\.)?(en|de)coder\.(down|up|mid|norm_out)\..*",
+        autoencoder.compvis,
+    ),
+)
+
+FAMILIES = ("dit", "sit", "autoencoder")
+
+
+def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> tuple[Layout, str]:
+    """The layout whose names fit most tensors, and the family."""
+    if family is not None and family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
+    fits = [sum(bool(re.fullmatch(each.names, n)) for n in tensors) for each in LAYOUTS]
+    best = LAYOUTS[fits.index(max(fits))]
+    if not max(fits):
+        raise CheckpointError(
+            f"no known network has tensors such as {', '.join(sorted(tensors)[:3])}; known: "
+            + ", ".join(each.name for each in LAYOUTS)
+        )
+    if family is None:
+        if "sit" in best.families and re.search(r"(?i)(?<![a-z])sit(?![a-z])", source.name):
+            raise CheckpointError(
+                "DiT and SiT have the same tensors, and the name says SiT; "
+                "give --family sit or --family dit"
+            )
+        return best, best.families[0]
+    if family not in best.families:
+        raise CheckpointError(
+            f"the tensors are those of {best.name} (--family {' or '.join(best.families)}), "
+            f"not of {family}"
+        )
+    return best, family
+
+
+def _check_out(out: Path, force: bool) -> None:
+    check_place(out)
+    if (out / "card.json").exists() and not force:
+        raise CheckpointError(f"{out} exists; --force replaces it")
+
+
+def _check_space(out: Path, size: int) -> None:
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < 1.02 * size:
+        raise OSError(
+            f"{out} needs {size / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB left; "
+            "make room or choose another place"
+        )
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    family: str | None = None,
+    num_heads: int | None = None,
+    name: str | None = None,
+    source_name: str | None = None,
+    license: str = "",
+    data: str = "",
+    force: bool = False,
+) -> BaseCard:
+    """Converts a checkpoint to a network folder that ``tstitch_jax.load`` takes.
+
+    Args:
+        source: A torch file (``.pt``, ``.pth``, ``.ckpt``, ``.bin``), a ``.safetensors`` file, an
+            index of several (``*.index.json``), or the folder of a diffusers network. Nothing in
+            it is run.
+        out: The folder to write. It is whole or absent afterwards.
+        family: ``"dit"``, ``"sit"`` or ``"autoencoder"``; told from the tensors' names otherwise,
+            where a SiT, which has a DiT's names, counts as a DiT.
+        num_heads: Number of attention heads, where the network is of no published size.
+        name: The network's name; that of ``out`` by default.
+        source_name: Where the checkpoint comes from; its file name by default.
+        license, data: What the card says of them.
+        force: Whether to replace a network folder that is there.
+
+    Returns:
+        The card that was written.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or is no network that is known here;
+            lists every missing, superfluous and misshapen tensor.
+        ValueError: If there is something else at ``out``.
+        OSError: If it cannot be written.
+    """
+    source, out = Path(source), Path(out)
+    _check_out(out, force)
+    found = readers.read(source)
+    try:
+        layout, family = _layout(source, found.tensors, family)
+        conversion = layout.convert(family, found.tensors, found.config, num_heads)
+        module = module_of(conversion.card)
+        expected = {k: tuple(v.shape) for k, v in flatten(param_shapes(module)).items()}
+        rules.check(conversion.rules, found.tensors, expected, conversion.ignored)
+        conversion.check()
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    size = 4 * sum(math.prod(shape) for shape in expected.values())
+    _check_space(out, size)
+    with tqdm(total=size, desc="converting", unit="B", unit_scale=True, disable=None) as bar:
+        try:
+            params = rules.fill(conversion.rules, found.tensors, bar.update)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+        tree = unflatten_dict(params, sep="/")
+        card = dataclasses.replace(
+            conversion.card,
+            name=name or out.absolute().name,
+            source=source.name if source_name is None else source_name,
+            source_checksum=readers.checksum(found.files),
+            license=license,
+            data=data,
+        )
+        card = complete(card, module, tree)
+        write(out, card, tree)
+    return card

@@ -1,0 +1,46 @@
+"""What a family of checkpoints has to say: a card and rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.rules import Rule, Tensor
+from tstitch_jax.types import BaseCard
+
+
+class Conversion(NamedTuple):
+    """How a checkpoint becomes a network.
+
+    Attributes:
+        card: The card, as far as the checkpoint tells.
+        rules: One for each parameter.
+        ignored: Names of the tensors that are left out on purpose.
+        check: Raises CheckpointError if what is left out is not what it should be.
+    """
+
+    card: BaseCard
+    rules: list[Rule]
+    ignored: tuple[str, ...] = ()
+    check: Callable[[], None] = lambda: None
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read from; raises CheckpointError without it."""
+    if name not in tensors:
+        raise CheckpointError(f"missing: {name}, from which the network's size is read")
+    shape = tensors[name].shape
+    if len(shape) != rank or 0 in shape:
+        raise CheckpointError(f"wrong shape: {name} is {shape}, expected {rank} sizes above 0")
+    return shape
+
+
+def count(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest number in the names that begin with ``pattern``; 0 for none."""
+    found = (re.match(pattern, name) for name in tensors)
+    number = 1 + max((int(m[1]) for m in found if m), default=-1)
+    if number > len(tensors):
+        raise CheckpointError(f"there are {number - 1} layers by name, but {len(tensors)} tensors")
+    return number

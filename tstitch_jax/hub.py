@@ -1,0 +1,443 @@
+"""Networks by name: embedded, public ones downloaded and converted once, or a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from tstitch_jax import checkpoint
+from tstitch_jax.schedules import unknown
+
+EMBEDDED = Path(__file__).parent / "embedded"
+"""Folder of the networks that come with the package."""
+
+CHUNK = 2**20
+TIMEOUT = 30.0
+RETRIES = 4
+"""Attempts in a row that bring nothing before a download is given up."""
+PAUSE = 1.0
+"""Seconds before the first retry; each further one waits twice as long."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Public:
+    """A public network: where its files are, and what its card will say.
+
+    Attributes:
+        family: Whose layout the files have: ``"dit"``, ``"sit"`` or ``"autoencoder"``.
+        files: Names of its files.
+        source, license, num_params, macs, data, image_shape, num_classes: As in the card; an
+            autoencoder has no classes.
+        url: Address of the one file, or empty.
+        repo: Repository on the Hugging Face hub that holds the files, or empty.
+    """
+
+    family: str
+    files: tuple[str, ...]
+    source: str
+    license: str
+    num_params: int
+    macs: int
+    data: str = "ImageNet 256"
+    image_shape: tuple[int, int, int] = (32, 32, 4)
+    num_classes: int = 1000
+    url: str = ""
+    repo: str = ""
+
+
+_DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
+
+PUBLIC: dict[str, Public] = {
+    "dit-xl-2-256": Public(
+        family="dit",
+        files=("DiT-XL-2-256x256.pt",),
+        url="https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt",
+        source="dl.fbaipublicfiles.com/DiT",
+        license="CC-BY-NC-4.0",
+        num_params=674_834_720,
+        macs=118_621_421_568,
+    ),
+    "dit-xl-2-512": Public(
+        family="dit",
+        files=("DiT-XL-2-512x512.pt",),
+        url="https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt",
+        source="dl.fbaipublicfiles.com/DiT",
+        license="CC-BY-NC-4.0",
+        num_params=674_834_720,
+        macs=524_538_298_368,
+        data="ImageNet 512",
+        image_shape=(64, 64, 4),
+    ),
+    "dit-s-2-256": Public(
+        family="dit",
+        files=("DiT-S-2-256.pt",),
+        url=_DRIVE.format("1YOSNrFbP36vHlPQPBosqZKbPLokymRuO"),
+        source="T-Stitch authors, Google Drive",
+        license="NVIDIA Source Code License (non-commercial)",
+        num_params=32_865_056,
+        macs=6_055_673_856,
+    ),
+    "dit-b-2-256": Public(
+        family="dit",
+        files=("DiT-B-2-256.pt",),
+        url=_DRIVE.format("1HTqZSYXh6LJGLooko4LPFsCuwL2Wjg6r"),
+        source="T-Stitch authors, Google Drive",
+        license="NVIDIA Source Code License (non-commercial)",
+        num_params=130_315_808,
+        macs=23_005_102_080,
+    ),
+    "sit-s-2-256": Public(
+        family="sit",
+        files=("SiT-S-2-256.pt",),
+        repo="nyu-visionx/SiT-collections",
+        source="huggingface.co/nyu-visionx/SiT-collections",
+        license="MIT",
+        num_params=32_858_896,
+        macs=6_054_100_992,
+    ),
+    "sit-b-2-256": Public(
+        family="sit",
+        files=("SiT-B-2-256.pt",),
+        repo="nyu-visionx/SiT-collections",
+        source="huggingface.co/nyu-visionx/SiT-collections",
+        license="MIT",
+        num_params=130_303_504,
+        macs=23_001_956_352,
+    ),
+    "sit-l-2-256": Public(
+        family="sit",
+        files=("SiT-L-2-256.pt",),
+        repo="nyu-visionx/SiT-collections",
+        source="huggingface.co/nyu-visionx/SiT-collections",
+        license="MIT",
+        num_params=457_824_272,
+        macs=80_693_428_224,
+    ),
+    "sit-xl-2-256": Public(
+        family="sit",
+        files=("SiT-XL-2-256.pt",),
+        repo="nyu-visionx/SiT-collections",
+        source="huggingface.co/nyu-visionx/SiT-collections",
+        license="MIT",
+        num_params=674_816_272,
+        macs=118_616_702_976,
+    ),
+    "sd-vae-ft-ema": Public(
+        family="autoencoder",
+        files=("config.json", "diffusion_pytorch_model.safetensors"),
+        repo="stabilityai/sd-vae-ft-ema",
+        source="huggingface.co/stabilityai/sd-vae-ft-ema",
+        license="MIT",
+        num_params=83_653_863,
+        macs=447_454_724_096,
+        data="OpenImages, LAION-Aesthetics, LAION-Humans",
+        image_shape=(256, 256, 3),
+        num_classes=0,
+    ),
+    "sd-vae-ft-mse": Public(
+        family="autoencoder",
+        files=("config.json", "diffusion_pytorch_model.safetensors"),
+        repo="stabilityai/sd-vae-ft-mse",
+        source="huggingface.co/stabilityai/sd-vae-ft-mse",
+        license="MIT",
+        num_params=83_653_863,
+        macs=447_454_724_096,
+        data="OpenImages, LAION-Aesthetics, LAION-Humans",
+        image_shape=(256, 256, 3),
+        num_classes=0,
+    ),
+}
+"""The public networks that ``load`` knows, by name."""
+
+
+def cache_folder() -> Path:
+    """``$TSTITCH_CACHE``, or ``tstitch_jax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get("TSTITCH_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tstitch_jax"
+
+
+def _network_folder(name: str) -> Path:
+    return cache_folder() / "networks" / name
+
+
+def is_cached(name: str) -> bool:
+    """Whether a public network was downloaded and converted."""
+    return (_network_folder(name) / "card.json").exists()
+
+
+def _failure(name: str, reason: object) -> ValueError:
+    """The error of a download, with the way around it."""
+    entry = PUBLIC[name]
+    if entry.url:
+        urls = [entry.url]
+    else:
+        from huggingface_hub import hf_hub_url
+
+        urls = [hf_hub_url(entry.repo, file) for file in entry.files]
+    what, place = (entry.files[0], "as") if len(urls) == 1 else (name, "into a folder")
+    out = shlex.quote(str(_network_folder(name)))
+    return ValueError(
+        f"cannot download {name}: {str(reason).rstrip('. ')}. Save {' and '.join(urls)} {place} "
+        f"{what} by other means and run: tstitch convert {what} {out} --family {entry.family}, "
+        f'then ts.load("{name}") finds it'
+    )
+
+
+class _Dropped(Exception):
+    """The connection failed; what came before it did is in the partial file."""
+
+
+class _Refused(Exception):
+    """The server's answer is not the file; asking again would not help."""
+
+
+@contextlib.contextmanager
+def _network_errors() -> Iterator[None]:
+    # Told apart from errors of the disk, which are OSErrors too.
+    import http.client
+    import urllib.error
+
+    try:
+        yield
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error))
+        raise _Dropped(reason or type(error).__name__) from error
+
+
+def _validator(headers: Any) -> str | None:
+    """What changes with the file's bytes; a weak ETag need not."""
+    tag = headers["ETag"]
+    return tag if tag and not tag.startswith("W/") else headers["Last-Modified"]
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _read_state(file: Path, url: str) -> tuple[str, int]:
+    """Validator and whole size of a download of ``url`` that can go on; size 0 if none can."""
+    try:
+        state = json.loads(file.read_text())
+        return (str(state["validator"]), int(state["total"])) if state["url"] == url else ("", 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", 0
+
+
+def _transfer(url: str, part: Path) -> None:
+    """One attempt at the bytes that ``part`` still lacks."""
+    import urllib.error
+    import urllib.request
+
+    from tqdm import tqdm
+
+    state_file = Path(f"{part}.json")
+    validator, whole = _read_state(state_file, url)
+    have = _size(part)
+    if 0 < have == whole:
+        return
+    request = urllib.request.Request(url, headers={"User-Agent": "tstitch_jax"})
+    resuming = 0 < have < whole
+    if resuming:
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", validator)
+    try:
+        with _network_errors():
+            response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if resuming and error.code == 416:
+            part.unlink()
+            return _transfer(url, part)
+        raise _Refused(f"the server answers {error.code} {error.reason}") from None
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise _Refused(
+                "the server sent a web page instead of the file, as Google does for a day when too "
+                "many have asked for it"
+            )
+        now = _validator(response.headers)
+        if resuming and response.status == 206:
+            asked = f"bytes {have}-{whole - 1}/{whole}"
+            if response.headers["Content-Range"] != asked or now not in (None, validator):
+                part.unlink()  # another version of the file, or other bytes of it
+                return _transfer(url, part)
+        else:
+            have = 0
+        total = None if response.length is None else have + response.length
+        try:
+            with open(part, "ab" if have else "wb") as file:
+                if not have:  # not before, since it must never speak of an older file's bytes
+                    state = {"url": url, "validator": now, "total": total}
+                    state_file.write_text(json.dumps(state if now and total else {}))
+                with tqdm(
+                    initial=have, total=total, desc=part.stem, unit="B", unit_scale=True,
+                    unit_divisor=1024,
+                ) as bar:  # fmt: skip
+                    while True:
+                        with _network_errors():
+                            chunk = response.read(CHUNK)
+                        if not chunk:
+                            break
+                        file.write(chunk)
+                        bar.update(len(chunk))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write {part}: {error.strerror}; mend that and run it again, it goes on "
+                "from there",
+            ) from error
+    if total is not None and _size(part) < total:
+        raise _Dropped(f"the connection closed after {_size(part)} of {total} bytes")
+
+
+def _download_url(name: str) -> Path:
+    from filelock import FileLock
+
+    entry = PUBLIC[name]
+    path = cache_folder() / "downloads" / entry.files[0]
+    part = Path(f"{path}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        left = 0  # a server that never answered is not asked again
+        while not path.exists():
+            before = _size(part)
+            try:
+                _transfer(entry.url, part)
+                os.replace(part, path)
+                Path(f"{part}.json").unlink(missing_ok=True)
+            except _Refused as error:
+                raise _failure(name, error) from None
+            except _Dropped as error:
+                left = RETRIES if _size(part) > before else left - 1
+                if left <= 0:
+                    raise _failure(name, error) from error
+                time.sleep(PAUSE * 2 ** (RETRIES - left))
+    return path
+
+
+def _download_repo(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    entry = PUBLIC[name]
+    try:
+        paths = [Path(hf_hub_download(entry.repo, file)) for file in entry.files]
+    except Exception as error:  # of the HTTP client too, which differs between the hub's releases
+        if isinstance(error, OSError) and error.errno:  # the disk's
+            raise
+        lines = str(error.__cause__ or error).strip().splitlines()
+        raise _failure(name, lines[0] if lines else type(error).__name__) from error
+    return paths[0] if len(paths) == 1 else paths[0].parent
+
+
+def download(name: str) -> Path:
+    """Downloads a public network's file, or the folder of its files where it has several.
+
+    A download that was cut off goes on where it stopped. Files of the Hugging Face hub are in that
+    client's own cache, others in ``cache_folder()``.
+
+    Args:
+        name: One of ``PUBLIC``.
+
+    Raises:
+        ValueError: If there is no such network, or it cannot be reached; says how to go on by hand.
+        OSError: If the disk is full; what has come is kept.
+    """
+    if name not in PUBLIC:
+        raise unknown("public network", name, PUBLIC)
+    return _download_url(name) if PUBLIC[name].url else _download_repo(name)
+
+
+def fetch(name: str) -> Path:
+    """The folder of a public network in the cache; the first time downloads and converts it.
+
+    Raises:
+        ValueError: As ``download``, or if the file cannot be converted.
+        OSError: If the disk is full.
+    """
+    if name not in PUBLIC:
+        raise unknown("public network", name, PUBLIC)
+    from filelock import FileLock
+
+    entry, out = PUBLIC[name], _network_folder(name)
+    card = out / "card.json"
+    if card.exists():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.parent / f".{name}.lock"):
+        if card.exists():  # another process was faster
+            return out
+        from checkpoints_convert import convert
+
+        source = download(name)
+        try:
+            convert(
+                source,
+                out,
+                family=entry.family,
+                name=name,
+                source_name=entry.source,
+                license=entry.license,
+                data=entry.data,
+            )
+        except ValueError as error:
+            if entry.repo:  # the hub's client checked its size
+                raise
+            raise ValueError(f"{error}; delete {source} to download {name} again") from error
+        if entry.url:  # the rest is in the cache of the hub's client
+            source.unlink()
+    return out
+
+
+def embedded_names() -> list[str]:
+    """Names of the networks that come with the package."""
+    return sorted(card.parent.name for card in EMBEDDED.glob("*/card.json"))
+
+
+def find(name: str | os.PathLike[str]) -> Path:
+    """The folder of an embedded network, of a path, or of a public network, in this order.
+
+    Raises:
+        ValueError: If there is none of them (says the near names), or a public network cannot be
+            downloaded or converted.
+        OSError: If the disk is full.
+    """
+    text = str(name)
+    if text in embedded_names():
+        return EMBEDDED / text
+    if Path(name).is_dir():
+        return Path(name)
+    if text in PUBLIC:
+        return fetch(text)
+    if os.sep in text:
+        raise ValueError(f"no network folder at {name}")
+    raise unknown("network", name, [*embedded_names(), *PUBLIC])
+
+
+def load(name: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
+    """Loads a network onto the default device.
+
+    Args:
+        name: An embedded name such as ``"fashion-s"``, a public name such as ``"dit-xl-2-256"``
+            (downloaded and converted the first time), or the path of a network folder.
+        dtype: What the network computes in, float32 or bfloat16; its parameters are float32.
+
+    Returns:
+        A ``Network``, or an ``Autoencoder`` where the name is of one.
+
+    Raises:
+        ValueError: If there is no such network, it cannot be downloaded, or its folder is damaged.
+        OSError: If the disk is full.
+    """
+    return checkpoint.load(find(name), dtype)
