@@ -1,5 +1,7 @@
 """The short way: what it returns, and every error before anything is compiled."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -8,7 +10,9 @@ import pytest
 from helpers import random_params, tiny_network
 
 import tstitch_jax as ts
-from tstitch_jax import pipeline
+from tstitch_jax import checkpoint, pipeline
+from tstitch_jax.networks import SIZES, dit, param_shapes
+from tstitch_jax.networks.autoencoder import KLAutoencoder
 
 KEY = jax.random.key(0)
 
@@ -91,6 +95,31 @@ def test_latents_are_decoded_in_the_same_executable(pair, autoencoder):
     # Given, but not wanted.
     same = request(pair, autoencoder=autoencoder)
     np.testing.assert_array_equal(same, latents)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_full_size_networks_by_shape(pair, autoencoder, side):
+    """DiT-S/2, DiT-XL/2 and Stable Diffusion's autoencoder in the place of the small ones."""
+    sampling = pipeline.prepare(
+        KEY, pair, labels=[1, 2], fractions=[0.5, 0.5], steps=4, autoencoder=autoencoder
+    )
+    modules = [
+        dit.DiT(**SIZES[f"dit-{size}-2"], image_shape=(side, side, 4), num_classes=1000)
+        for size in ("s", "xl")
+    ]
+    coder = KLAutoencoder((128, 256, 512, 512), 2, 4, (256, 256, 3))
+    dynamic = list(sampling.dynamic)
+    dynamic[1] = tuple(param_shapes(module) for module in modules)
+    dynamic[-1] = param_shapes(coder)
+    static = sampling.static | dict(
+        denoisers=tuple(checkpoint._denoiser(module, "eps", True) for module in modules),
+        null=1000,
+        shape=(side, side, 4),
+        decoder=checkpoint._coders(coder, 0.18215)[1],
+    )
+    images = jax.eval_shape(functools.partial(pipeline._sample, **static), *dynamic)
+    assert images.shape == (2, 8 * side, 8 * side, 3)
+    assert images.dtype == jnp.float32
 
 
 def test_an_autoencoder_of_other_latents_is_refused(autoencoder):

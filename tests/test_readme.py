@@ -7,7 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import GOLDEN, tiny_network
 
+import tstitch_jax as ts
+from checkpoints_convert import convert
 from tstitch_jax import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -17,7 +20,17 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_python(monkeypatch):
+@pytest.fixture
+def public_networks(tmp_path, monkeypatch):
+    """Tiny networks in the cache, as if the public ones had been fetched."""
+    monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path))
+    for seed, name in enumerate(("dit-s-2-256", "dit-xl-2-256")):
+        card = dict(name=name, num_classes=1000, autoencoder="sd-vae-ft-ema")
+        ts.save(tmp_path / "networks" / name, tiny_network(seed, **card))
+    convert(GOLDEN / "diffusers_tiny" / "vae", tmp_path / "networks" / "sd-vae-ft-ema")
+
+
+def test_python(public_networks):
     names = {}
     shapes = []
     for block in blocks("python"):
@@ -26,7 +39,7 @@ def test_python(monkeypatch):
         images = np.asarray(names["images"])
         assert np.isfinite(images).all()
         shapes.append(images.shape)
-    assert shapes == [(4, 28, 28, 1), (1, 28, 28, 1), (4, 28, 28, 1)]
+    assert shapes == [(4, 28, 28, 1), (1, 28, 28, 1), (4, 28, 28, 1), (2, 16, 16, 3)]
 
 
 COMMANDS = [

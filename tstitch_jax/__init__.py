@@ -22,7 +22,7 @@ from tstitch_jax.types import (
     Solver,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SOLVERS",

@@ -369,11 +369,11 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
         handler = ocp.BasePyTreeCheckpointHandler(restore_concurrent_bytes=IN_FLIGHT)
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler))
         with _lean_malloc(), checkpointer:
-            found = checkpointer.metadata(stored)
+            found: Any = checkpointer.metadata(stored)
             # Older releases of Orbax return the item's metadata itself.
             names = getattr(found, "item_metadata", found).tree
             place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            argument = ocp.ArrayRestoreArgs(sharding=place, dtype=np.float32)
+            argument = ocp.ArrayRestoreArgs(sharding=place, dtype=np.dtype(np.float32))
             params = checkpointer.restore(
                 stored, restore_args=jax.tree.map(lambda _: argument, names)
             )
