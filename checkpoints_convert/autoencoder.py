@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.family import Conversion, count, shape_of
+from checkpoints_convert.family import SIDE, Conversion, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, conv, layer, same
 from tstitch_jax.types import AutoencoderCard
 
@@ -102,45 +103,44 @@ def _convert(
     names: Names, tensors: Mapping[str, Tensor], config: Mapping[str, Any], ignored: tuple[str, ...]
 ) -> Conversion:
     root = f"{names.prefix}encoder."
-    first = root + names.down.replace("{i}", "0").replace("{j}", "0")
-    levels = count(
-        tensors, (root + names.down.split("{i}")[0]).replace(".", r"\.") + r"(\d{1,6})\."
-    )
-    blocks = (first[:-1]).replace(".", r"\.") + r"(\d{1,6})\."
-    layers = count(tensors, blocks)
+    before = re.escape(root + names.down.split("{i}")[0])
+    levels = count(tensors, before + r"(\d{1,6})\.")
+    blocks = re.escape(root + names.down.split("{j}")[0].format(i=0))
+    layers = count(tensors, blocks + r"(\d{1,6})\.")
     widths = tuple(
         shape_of(tensors, root + names.down.format(i=i, j=0) + ".conv1.weight", 4)[0]
         for i in range(max(levels, 1))
     )
     channels = shape_of(tensors, f"{names.prefix}quant_conv.weight", 4)[0] // 2
-    fixed = {
-        "act_fn": "silu",
-        "block_out_channels": list(widths),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": layers,
-        "latent_channels": channels,
-        "latents_mean": None,
-        "latents_std": None,
-        "mid_block_add_attention": True,
-        "shift_factor": None,
-        "use_post_quant_conv": True,
-        "use_quant_conv": True,
-    }
-    wrong = [
-        f"{key} is {config[key]!r}, expected {value!r}"
-        for key, value in fixed.items()
-        if key in config and config[key] != value
-    ]
-    side, groups = config.get("sample_size", 256), config.get("norm_num_groups", 32)
-    scale = config.get("scaling_factor", SCALING_FACTOR)
-    for key, value in (("sample_size", side), ("norm_num_groups", groups)):
-        if type(value) is not int or value < 1:
-            wrong.append(f"{key} is {value!r}, expected a whole number")
-    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
-        wrong.append(f"scaling_factor is {scale!r}, expected a positive number")
-    if wrong:
-        raise CheckpointError(f"config.json: {'; '.join(wrong)}")
+    colours = shape_of(tensors, f"{root}conv_in.weight", 4)[1]
+    check_config(
+        config,
+        {
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "block_out_channels": list(widths),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "in_channels": colours,
+            "latent_channels": channels,
+            "latents_mean": None,
+            "latents_std": None,
+            "layers_per_block": layers,
+            "mid_block_add_attention": True,
+            "out_channels": colours,
+            "shift_factor": None,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "use_post_quant_conv": True,
+            "use_quant_conv": True,
+        },
+        {"sample_size": SIDE, "norm_num_groups": max(widths)},
+    )
+    side, scale = config.get("sample_size", 256), config.get("scaling_factor", SCALING_FACTOR)
+    if side % 2 ** (len(widths) - 1):
+        raise CheckpointError(
+            f"config.json: sample_size is {side}, expected a multiple of {2 ** (len(widths) - 1)}"
+        )
+    if type(scale) not in (int, float) or not 1e-6 < scale < 1e6:
+        raise CheckpointError(f"config.json: scaling_factor is {scale!r:.60}, expected about 0.18")
     card = AutoencoderCard(
         name="",
         architecture="autoencoder",
@@ -148,9 +148,9 @@ def _convert(
             "widths": list(widths),
             "layers": layers,
             "latent_channels": channels,
-            "groups": groups,
+            "groups": config.get("norm_num_groups", 32),
         },
-        image_shape=(side, side, shape_of(tensors, f"{root}conv_in.weight", 4)[1]),
+        image_shape=(side, side, colours),
         scaling_factor=float(scale),
     )
     rules = [rule for half in ("encoder", "decoder") for rule in _half(half, names, widths, layers)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,14 @@ from checkpoints_convert import autoencoder, dit, readers, rules
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion
 from checkpoints_convert.rules import Tensor
-from tstitch_jax.checkpoint import check_place, complete, flatten, module_of, write
+from tstitch_jax.checkpoint import (
+    check_place,
+    complete,
+    fill_folder,
+    flatten,
+    module_of,
+    replace_folder,
+)
 from tstitch_jax.networks import param_shapes
 from tstitch_jax.schedules import unknown
 from tstitch_jax.types import BaseCard
@@ -96,22 +104,26 @@ def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> 
     return best, family
 
 
-def _check_out(out: Path, force: bool) -> None:
-    check_place(out)
-    if (out / "card.json").exists() and not force:
-        raise CheckpointError(f"{out} exists; --force replaces it")
-
-
-def _check_space(out: Path, size: int) -> None:
-    place = out.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < 1.02 * size:
-        raise OSError(
-            f"{out} needs {size / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB left; "
-            "make room or choose another place"
-        )
+@contextlib.contextmanager
+def _reserved(folder: Path, size: int) -> Iterator[None]:
+    """Holds the room that is going to be written, so that a full disk is found first."""
+    place = folder / "reserved"
+    try:
+        with place.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        # The rest says that this file system cannot reserve.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"cannot write {size / 1e6:.0f} MB in {folder.parent}: {error.strerror}; "
+                "make room or choose another place",
+            ) from error
+    try:
+        yield
+    finally:
+        place.unlink()
 
 
 def convert(
@@ -151,33 +163,37 @@ def convert(
         OSError: If it cannot be written.
     """
     source, out = Path(source), Path(out)
-    _check_out(out, force)
+    check_place(out)
+    if (out / "card.json").exists() and not force:
+        raise CheckpointError(f"{out} exists; --force replaces it")
     found = readers.read(source)
-    try:
-        layout, family = _layout(source, found.tensors, family)
-        conversion = layout.convert(family, found.tensors, found.config, num_heads)
+
+    def build(folder: Path) -> BaseCard:
+        layout, kind = _layout(source, found.tensors, family)
+        conversion = layout.convert(kind, found.tensors, found.config, num_heads)
         module = module_of(conversion.card)
         expected = {k: tuple(v.shape) for k, v in flatten(param_shapes(module)).items()}
         rules.check(conversion.rules, found.tensors, expected, conversion.ignored)
         conversion.check()
-    except (ValueError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    size = 4 * sum(math.prod(shape) for shape in expected.values())
-    _check_space(out, size)
-    with tqdm(total=size, desc="converting", unit="B", unit_scale=True, disable=None) as bar:
-        try:
+        size = 4 * sum(map(math.prod, expected.values()))
+        bar = tqdm(total=size, desc="converting", unit="B", unit_scale=True, disable=None)
+        with bar, _reserved(folder, size + 2**20):
             params = rules.fill(conversion.rules, found.tensors, bar.update)
-        except CheckpointError as error:
-            raise CheckpointError(f"{source}: {error}") from error
+            source_checksum = readers.checksum(found.files)
         tree = unflatten_dict(params, sep="/")
         card = dataclasses.replace(
             conversion.card,
             name=name or out.absolute().name,
             source=source.name if source_name is None else source_name,
-            source_checksum=readers.checksum(found.files),
+            source_checksum=source_checksum,
             license=license,
             data=data,
         )
         card = complete(card, module, tree)
-        write(out, card, tree)
-    return card
+        fill_folder(folder, card, tree)
+        return card
+
+    try:
+        return replace_folder(out, build)
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{source}: {error}") from error

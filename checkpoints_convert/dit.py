@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.family import Conversion, count, shape_of
+from checkpoints_convert.family import SIDE, Conversion, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, layer, patches, same
 from tstitch_jax.networks import dit
 from tstitch_jax.types import Card
@@ -53,11 +53,11 @@ EMBEDDERS = {
 TABLE = "class_embedder.embedding_table.weight"
 
 
-def _diffusers(depth: int, embedders: int) -> Iterator[Rule]:
-    """With one embedder for all blocks or one for each."""
+def _diffusers(depth: int, shared: bool) -> Iterator[Rule]:
+    """With one embedder for all blocks, the first one's, or one for each."""
     yield from layer("patch_in", "pos_embed.proj", transform=patches)
-    for i in range(embedders):
-        prefix = "" if embedders == 1 else f"block_{i}_"
+    for i in range(1 if shared else depth):
+        prefix = "" if shared else f"block_{i}_"
         source = f"transformer_blocks.{i}.norm1.emb"
         for target, name in EMBEDDERS.items():
             yield from layer(f"{prefix}{target}", f"{source}.{name}")
@@ -176,34 +176,32 @@ def diffusers(
     patch_shape = shape_of(tensors, "pos_embed.proj.weight", 4)
     width, _, patch = patch_shape[:3]
     depth = count(tensors, r"transformer_blocks\.(\d{1,6})\.")
-    fixed = {
-        "norm_type": "ada_norm_zero",
-        "activation_fn": "gelu-approximate",
-        "norm_eps": 1e-5,
-        "norm_elementwise_affine": False,
-        "attention_bias": True,
-        "num_layers": depth,
-        "patch_size": patch,
-        "in_channels": patch_shape[1],
-    }
-    wrong = [
-        f"{key} is {config[key]!r}, expected {value!r}"
-        for key, value in fixed.items()
-        if key in config and config[key] != value
-    ]
-    sample = config.get("sample_size")
-    if type(sample) is not int or sample < 1 or sample % patch:
-        wrong.append(f"sample_size is {sample!r}, expected a multiple of {patch}")
-    if wrong:
-        raise CheckpointError(f"config.json: {'; '.join(wrong)}")
-    assert type(sample) is int
+    check_config(
+        config,
+        {
+            "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
+            "norm_type": "ada_norm_zero",
+            "activation_fn": "gelu-approximate",
+            "norm_eps": 1e-5,
+            "norm_elementwise_affine": False,
+            "attention_bias": True,
+            "num_layers": depth,
+            "patch_size": patch,
+            "in_channels": patch_shape[1],
+        },
+        {"sample_size": SIDE, "num_attention_heads": width},
+    )
+    side = config.get("sample_size", 0)
+    if not side or side % patch:
+        raise CheckpointError(f"config.json: sample_size is {side}, expected a multiple of {patch}")
     embedders = [
         name
         for i in range(depth)
         for name in tensors
         if name.startswith(f"transformer_blocks.{i}.norm1.emb.")
     ]
-    shared = all(_equal(tensors, name) for name in embedders)
+    # Of a single block there is nothing to compare: it is read as diffusers computes it.
+    shared = depth > 1 and all(_equal(tensors, name) for name in embedders)
     card = _card(
         family,
         {
@@ -216,12 +214,12 @@ def diffusers(
             "variant": "dit" if shared else "diffusers",
         },
         patch_shape,
-        sample,
+        side,
         shape_of(tensors, f"transformer_blocks.0.norm1.emb.{TABLE}", 2)[0] - 1,
         shape_of(tensors, "proj_out_2.weight", 2)[0],
     )
     copies = [n for n in embedders if not n.startswith("transformer_blocks.0.")] if shared else []
-    return Conversion(card, list(_diffusers(depth, 1 if shared else depth)), tuple(copies))
+    return Conversion(card, list(_diffusers(depth, shared)), tuple(copies))
 
 
 def _equal(tensors: Mapping[str, Tensor], name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.rules import Rule, Tensor
@@ -35,6 +35,36 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, 
     if len(shape) != rank or 0 in shape:
         raise CheckpointError(f"wrong shape: {name} is {shape}, expected {rank} sizes above 0")
     return shape
+
+
+SIDE = 4096
+"""The largest side of an image or of latents that a configuration may ask for."""
+
+
+def check_config(
+    config: Mapping[str, Any], expected: Mapping[str, Any], whole: Mapping[str, int] | None = None
+) -> None:
+    """Compares what a ``config.json`` says with what it must say; what it leaves out is fine.
+
+    Args:
+        config: Its fields.
+        expected: Their values, or tuples of the values allowed.
+        whole: Fields that must be whole numbers from 1 to the given one.
+
+    Raises:
+        CheckpointError: Lists every field that differs.
+    """
+    wrong = []
+    for key, value in expected.items():
+        allowed = value if isinstance(value, tuple) else (value,)
+        if key in config and config[key] not in allowed:
+            shown = " or ".join(map(repr, allowed))
+            wrong.append(f"{key} is {config[key]!r:.60}, expected {shown}")
+    for key, most in (whole or {}).items():
+        if key in config and not (type(config[key]) is int and 1 <= config[key] <= most):
+            wrong.append(f"{key} is {config[key]!r:.60}, expected a whole number up to {most}")
+    if wrong:
+        raise CheckpointError(f"config.json: {'; '.join(wrong)}")
 
 
 def count(tensors: Mapping[str, Tensor], pattern: str) -> int:

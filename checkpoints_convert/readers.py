@@ -21,8 +21,12 @@ WEIGHTS = (
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
 )
 """The weights of a diffusers folder, first found first taken."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
 
 WRAPPERS = ("ema", "model", "state_dict")
 """Where training checkpoints keep the weights, the averaged ones first."""
@@ -52,25 +56,33 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(type(k) is str and type(v) is np.ndarray for k, v in value.items())
+    )
+
+
+def _unwrap(value: Any, depth: int = 3) -> dict[str, np.ndarray] | None:
+    """The first state dict: the averaged weights of a training checkpoint, or what there is."""
+    if _is_state(value) or not isinstance(value, dict) or not depth:
+        return value if _is_state(value) else None
+    found = (_unwrap(value.get(name), depth - 1) for name in WRAPPERS)
+    return next((state for state in found if state), None)
+
+
 def _torch(path: Path) -> dict[str, Tensor]:
-    state = torch_zip.load(path)
-    for _ in range(3):  # wrappers may hold one another, as {"model": {"state_dict": ...}}
-        if not isinstance(state, dict):
-            break
-        inner = [state[name] for name in WRAPPERS if isinstance(state.get(name), dict)]
-        if not inner:
-            break
-        state = inner[0]
-    if not isinstance(state, dict) or not state:
+    whole = torch_zip.load(path)
+    state = _unwrap(whole)
+    if state is None:
+        mend = f"save model.state_dict(), by itself or under one of: {', '.join(WRAPPERS)}"
+        if not isinstance(whole, dict):
+            raise CheckpointError(f"{path} holds a {type(whole).__name__}, no state dict; {mend}")
+        others = [str(k) for k, v in whole.items() if type(v) is not np.ndarray]
         raise CheckpointError(
-            f"{path} holds {'an empty' if state == {} else 'no'} state dict of tensors; save "
-            "model.state_dict(), by itself or under one of the names " + ", ".join(WRAPPERS)
-        )
-    others = [str(k) for k, v in state.items() if type(k) is not str or type(v) is not np.ndarray]
-    if others:
-        raise CheckpointError(
-            f"{path}: not tensors with a name: {', '.join(sorted(others)[:10])}; save "
-            "model.state_dict(), by itself or under one of the names " + ", ".join(WRAPPERS)
+            f"{path} holds no state dict of tensors alone, but {', '.join(others[:5]) or 'nothing'}"
+            f"; {mend}"
         )
     return {
         name: Tensor(
@@ -89,18 +101,22 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {
-                name: (tuple(s.get_shape()), _DTYPES[s.get_dtype()]) for name, s in slices.items()
-            }
-    except (SafetensorError, KeyError, ValueError, OverflowError) as error:
+            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged or not safetensors: {error}") from error
+    unread = sorted({dtype for _, dtype in found.values()} - _DTYPES.keys())
+    if unread:
+        raise CheckpointError(
+            f"{path} holds tensors stored as {', '.join(unread)}, which are not read; save them "
+            "as float32, float16 or bfloat16"
+        )
 
     def read(name: str) -> np.ndarray:
         with safe_open(path, "numpy") as file:
             return file.get_tensor(name)
 
     return {
-        name: Tensor(shape, np.dtype(dtype), functools.partial(read, name))
+        name: Tensor(shape, np.dtype(_DTYPES[dtype]), functools.partial(read, name))
         for name, (shape, dtype) in found.items()
     }
 
@@ -118,7 +134,7 @@ def _sharded(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
         raise CheckpointError(f"{path} has no weight_map, which says the file of each tensor")
     shards = sorted(set(where.values()))
     for shard in shards:
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{path} names a file outside its folder: {shard!r}")
         if not (path.parent / shard).is_file():
             raise CheckpointError(f"{path.parent / shard} is missing; {path.name} names it")
@@ -134,7 +150,12 @@ def _sharded(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
 
 
 def _file(path: Path) -> dict[str, Tensor]:
-    return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    with path.open("rb") as file:
+        head = file.read(9)
+    # The length of a header of JSON, then it: names are not to be relied on.
+    if head[8:] == b"{" or (path.suffix == ".safetensors" and not head.startswith(b"PK")):
+        return _safetensors(path)
+    return _torch(path)
 
 
 def read(source: Path) -> Checkpoint:
@@ -160,14 +181,17 @@ def read(source: Path) -> Checkpoint:
     elif source.is_file():
         weights = source
     else:
-        raise CheckpointError(f"{source} does not exist")
+        fault = "is neither a file nor a folder" if source.exists() else "does not exist"
+        raise CheckpointError(f"{source} {fault}")
     if weights.suffix == ".json":
         tensors, files = _sharded(weights)
     else:
         tensors, files = _file(weights), (weights,)
-    for prefix in ("module.", "_orig_mod."):  # what wrapped modules put before their names
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
+    if not tensors:
+        raise CheckpointError(f"{weights} holds no tensors")
+    # What wrappers of modules put before their names, in any order.
+    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in tensors)), ""):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     # A config.json belongs to the weights of a diffusers folder, not to any file beside it.
     config_file = weights.parent / "config.json"
     config: dict[str, Any] = {}

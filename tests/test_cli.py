@@ -79,7 +79,10 @@ def test_convert_and_sample(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     status, _, err = run(capsys, *arguments, "--autoencoder", "small")
     assert status == 2
-    assert "autoencoder must be what ts.load returns for one" in err
+    assert "small is no autoencoder" in err
+    status, _, err = run(capsys, "sample", "--networks", "vae")
+    assert status == 2
+    assert "vae is an autoencoder, not a denoiser" in err
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,11 @@ def test_convert_and_sample(tmp_path, capsys, monkeypatch):
     [
         (["nothing.pt", "net"], "nothing.pt does not exist"),
         ([PUBLISHED / "small.pt", "net"], "give --num-heads N"),
-        ([PUBLISHED / "small.pt", "net", "--num-heads", "0"], "must be at least 1, got 0"),
+        (
+            [PUBLISHED / "small.pt", "net", "--num-heads", "0"],
+            "whole number, at least 1, got '0'",
+        ),
+        ([PUBLISHED / "small.pt", "net", "--num-heads", "x"], "must be a whole number, .* got 'x'"),
         ([PUBLISHED / "small.pt", "net", "--family", "unet"], "unknown family 'unet'"),
         ([PUBLISHED / "small.pt", "."], "is not a network folder; choose another place"),
         ([PUBLISHED / "expected.npz", "net"], "compressed record|0 data.pkl"),
@@ -189,7 +196,7 @@ BAD = [
     (["--out", "picture.jpg"], "must end in .png"),
     (["--out", "/proc/nothing/samples.png"], "cannot write /proc/nothing/samples.png"),
     (["--out", "folder.png"], "cannot write folder.png: it is a folder"),
-    (["--seed", "-1"], "must be 0 to 4294967295, got -1"),
+    (["--seed", "-1"], "must be a whole number, 0 to 4294967295, got '-1'"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
 ]
 
@@ -265,7 +272,7 @@ def test_the_projects_configurations_are_the_embedded_networks():
         ("import nothing_at_all", [], "dots.py fails: ModuleNotFoundError"),
         ("raise SystemExit(0)", [], "dots.py fails: SystemExit: 0"),
         ("x = 1", [], "dots.py has no TrainConfig named config"),
-        (CONFIG, ["--steps", "0"], "argument --steps: must be at least 1, got 0"),
+        (CONFIG, ["--steps", "0"], "argument --steps: must be a whole number, at least 1, got '0'"),
     ],
 )
 def test_bad_train(capsys, tmp_path, monkeypatch, text, arguments, message):

@@ -5,10 +5,13 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import GOLDEN, PUBLISHED_HEADS, published_network, relative
@@ -112,8 +115,19 @@ def test_large_batches_are_coded_in_chunks(autoencoder, monkeypatch):
 
 
 def test_odd_images_are_refused(autoencoder):
-    with pytest.raises(ValueError, match="multiples of 2, got 8x9"):
-        autoencoder.encode(autoencoder.params, jnp.zeros((1, 8, 9, 3)), None)
+    encode, decode, params = autoencoder.encode, autoencoder.decode, autoencoder.params
+    for images in (
+        jnp.zeros((1, 8, 9, 3)),
+        jnp.zeros((8, 8, 3)),
+        jnp.zeros((1, 8, 8, 4)),
+        jnp.zeros((1, 8, 8, 3), jnp.uint8),
+    ):
+        with pytest.raises(ValueError, match=r"images must be .* multiples of 2, got"):
+            encode(params, images, None)
+    with pytest.raises(ValueError, match=r"noise must be \(2, 4, 4, 4\) like the latents"):
+        encode(params, jnp.zeros((2, 8, 8, 3)), jnp.zeros((1, 4, 4, 4)))
+    with pytest.raises(ValueError, match=r"latents must be floats \[B, H, W, 4\], got float32"):
+        decode(params, jnp.zeros((2, 8, 8, 3)))
 
 
 def test_half_precision_keeps_near(autoencoder, tmp_path, standard_promotion):
@@ -236,7 +250,7 @@ def test_sit(tmp_path):
     x, labels = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([1, 10])
     knots = ts.make_knots(sit.schedule, 10)
     knot = jax.tree.map(lambda leaf: jnp.asarray(leaf[3]), knots)
-    assert knot.time == knot.sigma == np.float32(0.667)
+    assert knot.time == knot.sigma == np.float32(0.7)
     raw = module_of(dit.card).apply({"params": dit.params}, x, jnp.full(2, 1 - knot.time), labels)
     velocity = raw[..., :4]
     prediction = sit.denoiser(sit.params, x, knot, labels)
@@ -251,6 +265,47 @@ def test_sit(tmp_path):
     assert np.isfinite(images).all()
 
 
+def test_a_sit_is_sampled_as_published(tmp_path):
+    """Euler's method over equal steps of SiT's own time, 0 to 1, without guidance."""
+    convert(PUBLISHED / "small.pt", tmp_path / "sit", family="sit", num_heads=2)
+    sit, dit = ts.load(tmp_path / "sit"), published_network("small")
+    module, labels = module_of(dit.card), jnp.array([1, 2])
+    noise = x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    for i in range(5):
+        velocity = module.apply({"params": dit.params}, x, jnp.full(2, i / 5), labels)[..., :4]
+        x = x + velocity / 5
+    found = ts.sample(
+        jax.random.key(0), [sit], labels=[1, 2], steps=5, cfg_scale=None, noise=noise, decode=False
+    )
+    assert relative(found, x) < LIMIT
+
+
+def test_training_checkpoints_are_unwrapped():
+    state = {"a": np.zeros(1)}
+    for whole in (
+        state,
+        {"ema": state, "model": {"b": np.ones(1)}},
+        {"ema": {"decay": 0.9, "updates": 3}, "model": state, "opt": {}},
+        {"model": {"state_dict": state}},
+    ):
+        assert readers._unwrap(whole) is state
+    for whole in ({}, [], {"ema": {}}, {"opt": state}, {"a": np.zeros(1), "b": 3}):
+        assert readers._unwrap(whole) is None
+    itself = {}
+    itself["model"] = itself
+    assert readers._unwrap(itself) is None
+
+
+def test_a_single_block_of_diffusers_is_not_guessed(tmp_path):
+    shutil.copytree(DIFFUSERS / "dit", tmp_path / "source")
+    file = tmp_path / "source" / "diffusion_pytorch_model.safetensors"
+    state = {k: v for k, v in load_file(file).items() if not k.startswith("transformer_blocks.1.")}
+    save_file(state, file)
+    config = json.loads((tmp_path / "source" / "config.json").read_text()) | {"num_layers": 1}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    assert convert(tmp_path / "source", tmp_path / "net").config["variant"] == "diffusers"
+
+
 def test_a_sit_without_the_useless_half(tmp_path):
     state = state_of("small")
     half = np.r_[0:4, 8:12, 16:20, 24:28]
@@ -263,7 +318,7 @@ def test_a_sit_without_the_useless_half(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "_orig_mod.module.", "model."])
 def test_other_dtypes_and_wrapped_names(dtype, prefix, tmp_path):
     state = {
         prefix + key: value.astype(np.dtype(dtype)) for key, value in state_of("small").items()
@@ -392,19 +447,67 @@ def test_an_existing_network_is_replaced_only_by_force(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(OSError, match=r"needs 0\.00 GB, but .* has 0\.00 GB left"):
-        convert(PUBLISHED / "small.pt", tmp_path / "a" / "net", num_heads=2)
-    monkeypatch.undo()
-
-    def fail(*_, **__):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"cannot write 1 MB in .*: No space left on device"):
+        convert(PUBLISHED / "small.pt", tmp_path / "net", num_heads=2)
+    monkeypatch.undo()
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", full)
+    with pytest.raises(OSError, match=r"cannot write the network: .*No space"):
         convert(PUBLISHED / "small.pt", tmp_path / "net", num_heads=2)
     assert os.listdir(tmp_path) == []
+
+
+def start(code: str, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_a_write_that_really_fails_leaves_nothing(tmp_path):
+    """Files of at most 300 kB, but no reservation that would tell beforehand."""
+    code = (
+        "import resource, os, sys; from tstitch_jax import cli; del os.posix_fallocate; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000,) * 2); "
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    process = start(code, "convert", PUBLISHED / "large.pt", tmp_path / "net", "--num-heads", 4)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    lines = [line for line in error.splitlines() if not line.startswith("converting")]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("tstitch: error: cannot write the network: ")
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_while_writing_leaves_nothing(tmp_path):
+    code = (
+        "import os, signal, sys; from tstitch_jax import cli; import orbax.checkpoint as ocp; "
+        "save = ocp.Checkpointer.save; "
+        "ocp.Checkpointer.save = lambda *a: (os.kill(os.getpid(), signal.SIGINT), save(*a)); "
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    process = start(code, "convert", PUBLISHED / "large.pt", tmp_path / "net", "--num-heads", 4)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    lines = [line for line in error.splitlines() if not line.startswith("converting")]
+    assert lines == ["tstitch: stopped"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_out_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    for _ in range(2):
+        convert(PUBLISHED / "small.pt", tmp_path / "link", num_heads=2, force=True)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "real" / "card.json").exists()
+        assert ts.load(tmp_path / "link").card.name == "link"
 
 
 # Bad input
@@ -471,7 +574,7 @@ def poke(value):
         (lambda s: s.update({"blocks.77.attn.qkv.bias": s["pos_embed"]}), {},
          "there are 77 layers by name"),
         (lambda s: (s.clear(), s.update(a=np.zeros(1))), {}, "no known network has tensors such"),
-        (lambda s: s.clear(), {}, "no known network has tensors such"),
+        (lambda s: s.clear(), {}, "holds no tensors"),
     ],
 )  # fmt: skip
 def test_bad_networks(edit, options, message, tmp_path):
@@ -498,6 +601,13 @@ def test_a_name_that_says_sit_asks(name, tmp_path):
         (dict(sample_size=7), "sample_size is 7, expected a multiple of 2"),
         (dict(sample_size="8"), "sample_size is '8'"),
         (dict(num_attention_heads=5), "5 heads do not divide"),
+        (dict(num_attention_heads="2"), "num_attention_heads is '2', expected a whole number"),
+        (dict(num_attention_heads=2.0), "num_attention_heads is 2.0, expected a whole number"),
+        (dict(sample_size=40000), "sample_size is 40000, expected a whole number up to 4096"),
+        (
+            dict(_class_name="PixArt", in_channels=9),
+            "_class_name is 'PixArt'.*in_channels is 9",
+        ),
     ],
 )
 def test_bad_configurations(changes, message, tmp_path):
@@ -511,7 +621,12 @@ def test_bad_configurations(changes, message, tmp_path):
     [
         (dict(shift_factor=0.1), "shift_factor is 0.1, expected None"),
         (dict(use_quant_conv=False), "use_quant_conv is False, expected True"),
-        (dict(scaling_factor=0), "scaling_factor is 0, expected a positive number"),
+        (dict(scaling_factor=0), "scaling_factor is 0, expected about 0.18"),
+        (dict(scaling_factor=10**400), "scaling_factor is 1000.*, expected about 0.18"),
+        (dict(scaling_factor=1e-46), "scaling_factor is 1e-46"),
+        (dict(sample_size=60000), "sample_size is 60000, expected a whole number up to 4096"),
+        (dict(sample_size=33), "sample_size is 33, expected a multiple of 2"),
+        (dict(_class_name="VQModel"), "_class_name is 'VQModel', expected 'AutoencoderKL'"),
         (dict(norm_num_groups=5), "5 groups do not divide"),
         (dict(block_out_channels=[32, 65]), r"block_out_channels is \[32, 65\], expected"),
     ],
@@ -538,6 +653,12 @@ def test_bad_sources(tmp_path):
     check(tmp_path / "pipe", "give one of its networks: .*pipe/vae")
     (tmp_path / "x.safetensors").write_bytes(b"\x10" + bytes(7) + b"{not json at all")
     check(tmp_path / "x.safetensors", "is damaged or not safetensors")
+    check("/dev/zero", "/dev/zero is neither a file nor a folder")
+    save_file({}, tmp_path / "none.sft")
+    check(tmp_path / "none.sft", "holds no tensors")
+    save_file({"a": np.zeros(3, ml_dtypes.float8_e4m3fn)}, tmp_path / "eight.safetensors")
+    check(tmp_path / "eight.safetensors", "holds tensors stored as F8_E4M3, which are not read")
+    check(GOLDEN / "torch_zip" / "tensors_2.pt", "no known network has tensors such as")
     whole = (DIFFUSERS / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(whole[:-1])
     check(tmp_path / "x.safetensors", "is damaged or not safetensors")
@@ -548,6 +669,8 @@ def test_bad_sources(tmp_path):
         ("[]", "must hold a JSON object, got list"),
         ("{}", "has no weight_map"),
         ('{"weight_map": {"a": "../x.safetensors"}}', "names a file outside its folder"),
+        ('{"weight_map": {"a": ""}}', "names a file outside its folder"),
+        ('{"weight_map": {"a": ".."}}', "names a file outside its folder"),
         ('{"weight_map": {"a": "z.safetensors"}}', "z.safetensors is missing; .* names it"),
         ('{"weight_map": {"a": "x.safetensors"}}', "disagree on: a, decoder.conv_in.bias"),
     ):

@@ -158,7 +158,7 @@ BAD = [
         dict(decode=True, networks="latents"),
         r"latents of 4 channels, not images; give autoencoder=ts.load\('sd-vae-ft-ema'\), or",
     ),
-    (dict(decode=True, autoencoder="sd-vae-ft-ema"), "autoencoder must be what ts.load returns"),
+    (dict(decode=True, autoencoder="sd-vae-ft-ema"), "'sd-vae-ft-ema' is no autoencoder; give one"),
     (dict(networks="autoencoders"), "their autoencoder differs, one and two"),
     (dict(eta=np.float32(2)), "eta must be between 0 and 1, got 2"),
     (dict(eta=None), "eta must be a number, got None"),

@@ -18,7 +18,7 @@ def test_variance_preserving(name, steps):
     schedule = make_schedule(name, steps)
     np.testing.assert_allclose(schedule.alpha**2 + schedule.sigma**2, 1, rtol=1e-12)
     assert (np.diff(schedule.alpha) < 0).all()
-    assert schedule.num_train_steps == schedule.horizon == steps
+    assert schedule.num_train_steps == steps
     assert schedule.alpha.dtype == np.float64
 
 
@@ -38,7 +38,10 @@ def test_flow():
     flow = make_schedule("flow", 100)
     np.testing.assert_allclose(flow.alpha + flow.sigma, 1)
     np.testing.assert_array_equal(flow.sigma, flow.times)
-    assert flow.horizon == flow.times[-1] == 1
+    assert flow.times[-1] == 1
+    np.testing.assert_array_equal(make_knots(flow, 4).time, [1, 0.75, 0.5, 0.25, 0])
+    np.testing.assert_array_equal(make_knots(flow, "4").alpha, [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(make_knots(flow, "2,2").time, [1, 0.51, 0.5, 0.01, 0], rtol=1e-6)
 
 
 def test_equality_is_of_the_process():

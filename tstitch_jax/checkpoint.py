@@ -6,12 +6,19 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import signal
+import sys
 import tempfile
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +44,7 @@ from tstitch_jax.types import (
 )
 
 C = TypeVar("C", bound=BaseCard)
+T = TypeVar("T")
 
 IN_FLIGHT = 2**27
 """Bytes that are read or written at a time; above the size of any one parameter."""
@@ -162,17 +170,30 @@ def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Networ
 @functools.cache
 def _coders(module: Any, scale: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
     # Cached for the same reason.
+    depth, multiple = module.image_shape[2], module.factor
+
+    def check(what: str, x: jax.Array, channels: int, multiple: int) -> None:
+        if not (
+            x.ndim == 4
+            and x.shape[3] == channels
+            and not (x.shape[1] % multiple or x.shape[2] % multiple)
+            and jnp.issubdtype(x.dtype, jnp.floating)
+        ):
+            sides = f", H and W multiples of {multiple}" if multiple > 1 else ""
+            raise ValueError(
+                f"{what} must be floats [B, H, W, {channels}]{sides}, got {x.dtype} {x.shape}"
+            )
+
     def encode(params: Params, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         def one(images: jax.Array, *noise: jax.Array) -> jax.Array:
             mean, std = module.apply({"params": params}, images, method="moments")
             return scale * (mean + std * noise[0] if noise else mean)
 
-        height, width = images.shape[1:3]
-        if height % module.factor or width % module.factor:
-            raise ValueError(
-                f"images must have sides that are multiples of {module.factor}, "
-                f"got {height}x{width}"
-            )
+        check("images", images, depth, multiple)
+        batch, height, width = images.shape[:3]
+        expected = (batch, height // multiple, width // multiple, module.latent_channels)
+        if noise is not None and noise.shape != expected:
+            raise ValueError(f"noise must be {expected} like the latents, got {noise.shape}")
         more = () if noise is None else (noise,)
         return in_chunks(one, height * width, images, *more)
 
@@ -180,8 +201,8 @@ def _coders(module: Any, scale: float) -> tuple[Callable[..., Any], Callable[...
         def one(latents: jax.Array) -> jax.Array:
             return module.apply({"params": params}, latents / scale, method="decode")
 
-        height, width = latents.shape[1:3]
-        return in_chunks(one, height * width * module.factor**2, latents)
+        check("latents", latents, module.latent_channels, 1)
+        return in_chunks(one, latents.shape[1] * latents.shape[2] * multiple**2, latents)
 
     return encode, decode
 
@@ -200,16 +221,23 @@ def make_autoencoder(
     return Autoencoder(encode, decode, params, card, module.factor, module.latent_channels)
 
 
-def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
     """Runs ``write`` on a temporary folder beside ``path``, then puts it in ``path``'s place.
+
+    Returns:
+        What ``write`` returns.
 
     Raises:
         OSError: If the place cannot be written; ``path`` is then as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    shown, path = path, Path(os.path.realpath(path))  # a link goes on to point where it does
     try:
-        write(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {shown}: {error.strerror}") from error
+    try:
+        result = write(temporary)
         os.chmod(temporary, 0o755)  # mkdtemp makes it private
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
@@ -223,12 +251,17 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(old)
         else:
             os.rename(temporary, path)
+        return result
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_place(path: Path) -> None:
     """Raises ValueError if there is something in that place that is not a network folder."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} is no UTF-8; choose another name") from None
     if (
         path.exists()
         and not (path / "card.json").exists()
@@ -237,23 +270,74 @@ def check_place(path: Path) -> None:
         raise ValueError(f"{path} exists and is not a network folder; choose another place")
 
 
-def write(path: Path, card: BaseCard, params: Params) -> None:
-    """Writes a network folder of a complete card whole or not at all; raises as ``save`` does.
+@contextlib.contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Silences another library's logger, which says at length what the one error will say."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Holds Ctrl-C back, since Orbax's threads would go on writing into a removed folder.
+
+    When a write fails, the other threads call an event loop that is closed, which is not shown.
+    """
+
+    def show(problem: Any) -> None:
+        if "Event loop is closed" not in str(problem.exc_value):
+            hook(problem)
+
+    hook, sys.unraisablehook = sys.unraisablehook, show
+    caught, before = [], None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    try:
+        with quiet("absl"), quiet("asyncio"):
+            yield
+    finally:
+        sys.unraisablehook = hook
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
+def fill_folder(folder: Path, card: BaseCard, params: Params) -> None:
+    """Writes a complete card and its parameters into an empty folder.
 
     The parameters should be JAX arrays, since Orbax copies NumPy's before it writes them.
+
+    Raises:
+        OSError: If the folder cannot be written.
     """
     import orbax.checkpoint as ocp
 
-    check_place(path)
-
-    def fill(folder: Path) -> None:
-        handler = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=IN_FLIGHT)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
+    handler = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=IN_FLIGHT)
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler))
+    reason = ""
+    with _undisturbed(), checkpointer:
+        try:
             checkpointer.save(folder.absolute() / "params", params)
-        text = json.dumps(dataclasses.asdict(card), indent=2)
-        (folder / "card.json").write_text(text + "\n")
-
-    replace_folder(path, fill)
+        except Exception as error:  # TensorStore's are ValueErrors, even if the disk is full
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if reason:
+            for _ in range(20):  # until no thread adds to the folder
+                shutil.rmtree(folder, ignore_errors=True)
+                time.sleep(0.1)
+                if not folder.exists():
+                    break
+            with warnings.catch_warnings(action="ignore"):
+                gc.collect()  # what the other threads failed with is told when it is collected
+    if reason:
+        raise OSError(f"cannot write the network: {reason[:300]}")
+    text = json.dumps(dataclasses.asdict(card), indent=2)
+    (folder / "card.json").write_text(text + "\n")
 
 
 def save(
@@ -271,9 +355,10 @@ def save(
         ValueError: If there is something else in that place.
         OSError: If the folder cannot be written.
     """
+    check_place(Path(path))
     stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), network.params)
     card = dataclasses.replace(network.card, checksum=checksum(stored))
-    write(Path(path), card, stored)
+    replace_folder(Path(path), lambda folder: fill_folder(folder, card, stored))
 
 
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "tuple": tuple}

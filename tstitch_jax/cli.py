@@ -279,18 +279,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"tstitch: error: {message} (see {self.prog} --help)\n")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        digits = text.removeprefix("-").isdecimal()
+        if not digits or int(text) < low or (high is not None and int(text) > high):
+            bounds = f"at least {low}" if high is None else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be a whole number, {bounds}, got {text!r}")
+        return int(text)
 
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be 0 to {2**32 - 1}, got {text}")
-    return value
+    return parse
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -371,7 +368,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="what decodes the latents of latent networks (default: what the card says)",
     )
-    sub.add_argument("--seed", type=_seed, default=0, help="seed of the noise (default: 0)")
+    sub.add_argument(
+        "--seed", type=_whole(0, 2**32 - 1), default=0, help="seed of the noise (default: 0)"
+    )
     sub.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -398,7 +397,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="dit, sit or autoencoder (default: told from the tensors' names, where a SiT counts "
         "as a dit)",
     )
-    sub.add_argument("--num-heads", type=_positive, metavar="N",
+    sub.add_argument("--num-heads", type=_whole(1), metavar="N",
                      help="attention heads, for a network of no published size")  # fmt: skip
     sub.add_argument("--license", default="", metavar="TEXT", help="what the card says of it")
     sub.add_argument("--force", action="store_true", help="replace a network folder at OUT")
@@ -412,7 +411,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data", metavar="SPEC", help="an .npz file or tfds:NAME, instead of the configuration's"
     )
-    sub.add_argument("--steps", type=_positive, metavar="N",
+    sub.add_argument("--steps", type=_whole(1), metavar="N",
                      help="number of steps, instead of the configuration's")  # fmt: skip
     return parser
 
@@ -423,8 +422,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
-        lines = " ".join(str(error).split())
-        print(f"tstitch: error: {lines}", file=sys.stderr)
+        # Names out of a file may hold anything, such as control sequences.
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+        print(f"tstitch: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tstitch: stopped", file=sys.stderr)

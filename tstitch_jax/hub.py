@@ -332,7 +332,8 @@ def _download_repo(name: str) -> Path:
 
     entry = PUBLIC[name]
     try:
-        paths = [Path(hf_hub_download(entry.repo, file)) for file in entry.files]
+        with checkpoint.quiet("huggingface_hub"):
+            paths = [Path(hf_hub_download(entry.repo, file)) for file in entry.files]
     except Exception as error:  # of the HTTP client too, which differs between the hub's releases
         if isinstance(error, OSError) and error.errno:  # the disk's
             raise

@@ -87,6 +87,11 @@ class Sampling:
 
 def check_networks(networks: Sequence[Network]) -> None:
     """Raises ValueError unless the networks can share one trajectory; says which two clash."""
+    for each in networks if isinstance(networks, Sequence) else ():
+        if isinstance(each, Autoencoder):
+            raise ValueError(
+                f"{each.card.name} is an autoencoder, not a denoiser; give it as the autoencoder"
+            )
     if not isinstance(networks, Sequence) or not all(isinstance(n, Network) for n in networks):
         raise ValueError(f"networks must be a list of what ts.load returns, got {networks!r:.80}")
     if not networks:
@@ -124,9 +129,8 @@ def check_autoencoder(network: Network, autoencoder: Autoencoder | None) -> None
     """Raises ValueError unless what the network makes can be turned into images."""
     card = network.card
     if autoencoder is not None and not isinstance(autoencoder, Autoencoder):
-        raise ValueError(
-            f"autoencoder must be what ts.load returns for one, got {autoencoder!r:.80}"
-        )
+        name = autoencoder.card.name if isinstance(autoencoder, Network) else repr(autoencoder)
+        raise ValueError(f"{name:.80} is no autoencoder; give one, as ts.load returns it")
     if autoencoder is None:
         if card.autoencoder or card.image_shape[2] not in (1, 3):
             name = card.autoencoder or "sd-vae-ft-ema"

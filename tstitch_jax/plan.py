@@ -75,7 +75,8 @@ class Plan:
 
         The first network takes the steps with progress up to ``f_1``, the next up to ``f_1 + f_2``,
         and so on (Pan et al. 2024, arXiv:2402.14167): for two networks, the first runs where
-        ``t / T >= 1 - f_1``.
+        ``t / T >= 1 - f_1``. T is the number of training times and t, 0 to T-1, the place of the
+        step's time among them.
 
         Args:
             fractions: One per network, at least 0, summing to 1.
@@ -92,7 +93,9 @@ class Plan:
         '0 x 8, 1 x 12'
         """
         fractions = check_fractions(fractions)
-        progress = 1 - np.asarray(knots.time[:-1], np.float64) / schedule.horizon
+        count = schedule.num_train_steps
+        step = np.interp(np.asarray(knots.time[:-1]), schedule.times, np.arange(count))
+        progress = 1 - step / count
         bounds = np.cumsum(np.asarray(fractions, np.float64))[:-1]
         networks = (progress[:, None] > bounds + _TOLERANCE).sum(axis=1)
         return cls.from_list(networks, len(fractions))

@@ -123,6 +123,9 @@ def respace(num_train_steps: int, steps: int | str) -> np.ndarray:
 def make_knots(schedule: Schedule, steps: int | str) -> Knots:
     """The sampling grid of ``steps`` training times and the clean end, cast once to float32.
 
+    A number of steps of a flow cuts its time from 1 to 0 evenly, as SiT's sampler does (Ma et al.
+    2024), without regard to the training times.
+
     Args:
         schedule: The forward process.
         steps: As ``respace`` takes it.
@@ -131,14 +134,14 @@ def make_knots(schedule: Schedule, steps: int | str) -> Knots:
         Knots with N+1 points, N the number of steps; NumPy leaves.
     """
     kept = respace(schedule.num_train_steps, steps)[::-1]
-
-    def column(values: np.ndarray, end: float) -> np.ndarray:
-        return np.append(values[kept], end).astype(np.float32)
-
-    return Knots(
-        index=np.arange(len(kept) + 1, dtype=np.int32),
-        time=column(schedule.times, 0.0),
-        alpha=column(schedule.alpha, 1.0),
-        sigma=column(schedule.sigma, 0.0),
-        steps=len(kept),
-    )
+    count = len(kept)
+    if schedule.name == "flow" and str(steps).strip() == str(count):
+        time = np.linspace(1, 0, count + 1)
+        columns = (time, 1 - time, time)
+    else:
+        columns = (
+            np.append(values[kept], end)
+            for values, end in ((schedule.times, 0), (schedule.alpha, 1), (schedule.sigma, 0))
+        )
+    time, alpha, sigma = (column.astype(np.float32) for column in columns)
+    return Knots(np.arange(count + 1, dtype=np.int32), time, alpha, sigma, steps=count)

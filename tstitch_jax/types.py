@@ -48,11 +48,6 @@ class Schedule:
     def num_train_steps(self) -> int:
         return len(self.times)
 
-    @property
-    def horizon(self) -> float:
-        """The time of pure noise: 1 for a flow, T for network times 0 .. T-1."""
-        return 1.0 if self.name == "flow" else float(self.num_train_steps)
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schedule) and all(
             np.array_equal(getattr(self, name), getattr(other, name))

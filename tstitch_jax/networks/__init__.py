@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tstitch_jax.networks import autoencoder, dit
 from tstitch_jax.types import Params
@@ -23,7 +24,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def init_params(module: Any, key: jax.Array) -> Params:
     """Fresh parameters, a plain nested dict; under ``jax.eval_shape`` only their shapes."""
-    return module.init(key, *module.inputs())["params"]
+    inputs = (jnp.zeros(shape.shape, shape.dtype) for shape in module.inputs())
+    return module.init(key, *inputs)["params"]
 
 
 def param_shapes(module: Any) -> Params:

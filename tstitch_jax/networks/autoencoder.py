@@ -160,9 +160,9 @@ class KLAutoencoder(nn.Module):
         """How many times smaller latents are than images."""
         return 2 ** (len(self.widths) - 1)
 
-    def inputs(self, batch: int = 1) -> tuple[jax.Array]:
-        """Inputs of the right shape and dtype."""
-        return (jnp.zeros((batch, *self.image_shape), jnp.float32),)
+    def inputs(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct]:
+        """Shape and dtype of the input."""
+        return (jax.ShapeDtypeStruct((batch, *self.image_shape), jnp.float32),)
 
     def moments(
         self, images: Float[Array, "b h w c"]

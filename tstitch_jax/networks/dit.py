@@ -155,10 +155,11 @@ class DiT(nn.Module):
             raise ValueError(f"variant must be one of {VARIANTS}, got {self.variant!r}")
         super().__post_init__()
 
-    def inputs(self, batch: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Inputs of the right shapes and dtypes: images, times, labels."""
-        x = jnp.zeros((batch, *self.image_shape), jnp.float32)
-        return x, jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32)
+    def inputs(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of the inputs: images, times, labels."""
+        shapes = ((batch, *self.image_shape), (batch,), (batch,))
+        dtypes = (jnp.float32, jnp.float32, jnp.int32)
+        return tuple(map(jax.ShapeDtypeStruct, shapes, dtypes))
 
     @nn.compact
     def __call__(
