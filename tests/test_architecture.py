@@ -101,7 +101,8 @@ def test_one_scan_and_one_place_that_branches():
 def test_import_is_light():
     code = (
         "import sys, tstitch_jax; heavy = {'torch', 'tensorflow', 'orbax', 'matplotlib', 'optax', "
-        "'tensorflow_datasets', 'PIL'}; print(sorted(heavy & set(sys.modules)))"
+        "'tensorflow_datasets', 'PIL', 'safetensors', 'huggingface_hub', 'checkpoints_convert'}; "
+        "print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr

@@ -235,7 +235,8 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {shown}: {error.strerror}") from error
+        reason = f"{error.strerror}: {error.filename}"
+        raise OSError(error.errno, f"cannot write {shown}: {reason}") from error
     try:
         result = write(temporary)
         os.chmod(temporary, 0o755)  # mkdtemp makes it private

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import runpy
 import statistics
 import sys
@@ -423,7 +424,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
         # Names out of a file may hold anything, such as control sequences.
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+        line = re.sub(r"^\[Errno \d+\] ", "", " ".join(str(error).split()))
+        line = "".join(c if c.isprintable() else "?" for c in line)
         print(f"tstitch: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
