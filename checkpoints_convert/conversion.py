@@ -20,6 +20,7 @@ from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.checkpoint import (
+    check_card,
     check_place,
     complete,
     fill_folder,
@@ -29,7 +30,7 @@ from tstitch_jax.checkpoint import (
 )
 from tstitch_jax.networks import param_shapes
 from tstitch_jax.schedules import unknown
-from tstitch_jax.types import BaseCard
+from tstitch_jax.types import BaseCard, Card
 
 
 class Layout(NamedTuple):
@@ -171,6 +172,8 @@ def convert(
     def build(folder: Path) -> BaseCard:
         layout, kind = _layout(source, found.tensors, family)
         conversion = layout.convert(kind, found.tensors, found.config, num_heads)
+        if isinstance(conversion.card, Card):
+            check_card(conversion.card)
         module = module_of(conversion.card)
         expected = {k: tuple(v.shape) for k, v in flatten(param_shapes(module)).items()}
         rules.check(conversion.rules, found.tensors, expected, conversion.ignored)

@@ -167,8 +167,6 @@ def diffusers(
     family: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], heads: int | None
 ) -> Conversion:
     """The conversion of diffusers' ``DiTTransformer2DModel``; its ``config.json`` is needed."""
-    if family != "dit":
-        raise CheckpointError("diffusers has no SiT; the file is a DiT: give --family dit")
     if not config:
         raise CheckpointError(
             "config.json is missing beside the weights; give the folder that holds both"

@@ -566,6 +566,11 @@ def poke(value):
          r"NaN or infinite values in: blocks\.0\.mlp\.fc2\.bias; final_layer\.linear\.bias; "),
         (change(blocks__0__mlp__fc2__bias=lambda a: a.astype(np.float64) + 1e300), {},
          "NaN or infinite values in: blocks.0.mlp.fc2.bias"),
+        (
+            change(y_embedder__embedding_table__weight=lambda a: a[:1]),
+            {},
+            "num_classes must be at least 1, got 0",
+        ),
         (change(pos_embed=poke(5)), {}, "pos_embed is not the fixed code"),
         (change(pos_embed=lambda a: a[:, :15]), {}, "pos_embed has 15 places, which is no square"),
         (change(pos_embed=lambda a: a[0]), {}, r"pos_embed is \(16, 32\), expected 3 sizes"),

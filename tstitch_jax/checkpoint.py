@@ -284,27 +284,36 @@ def quiet(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Holds Ctrl-C back, since Orbax's threads would go on writing into a removed folder.
-
-    When a write fails, the other threads call an event loop that is closed, which is not shown.
-    """
+def _no_echo() -> Iterator[None]:
+    """When Orbax fails, its other threads call an event loop that is closed; that is not shown."""
 
     def show(problem: Any) -> None:
         if "Event loop is closed" not in str(problem.exc_value):
             hook(problem)
 
     hook, sys.unraisablehook = sys.unraisablehook, show
-    caught, before = [], None
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
     try:
         with quiet("absl"), quiet("asyncio"):
             yield
+    except Exception:
+        time.sleep(0.2)  # for them to come
+        raise
     finally:
         sys.unraisablehook = hook
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back, since Orbax's threads would go on writing into a removed folder."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
     if caught:
         raise KeyboardInterrupt
 
@@ -322,7 +331,7 @@ def fill_folder(folder: Path, card: BaseCard, params: Params) -> None:
     handler = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=IN_FLIGHT)
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler))
     reason = ""
-    with _undisturbed(), checkpointer:
+    with _uninterrupted(), _no_echo(), checkpointer:
         try:
             checkpointer.save(folder.absolute() / "params", params)
         except Exception as error:  # TensorStore's are ValueErrors, even if the disk is full
@@ -454,7 +463,7 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
         # Straight into place and little at a time: else memory holds the parameters twice.
         handler = ocp.BasePyTreeCheckpointHandler(restore_concurrent_bytes=IN_FLIGHT)
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler))
-        with _lean_malloc(), checkpointer:
+        with _lean_malloc(), _no_echo(), checkpointer:
             found: Any = checkpointer.metadata(stored)
             # Older releases of Orbax return the item's metadata itself.
             names = getattr(found, "item_metadata", found).tree
