@@ -170,6 +170,10 @@ def read(source: Path) -> Checkpoint:
     """
     if source.is_dir():
         weights = next((source / name for name in WEIGHTS if (source / name).is_file()), None)
+        if (source / "card.json").is_file():
+            raise CheckpointError(
+                f"{source} is a network folder already; ts.load takes it as it is"
+            )
         if weights is None:
             parts = [p for p in ("transformer", "vae") if (source / p / "config.json").is_file()]
             mend = (
