@@ -53,6 +53,9 @@ COMPVIS = Names(
     norm_out="norm_out",
     shortcut="nin_shortcut",
 )
+STABLE_DIFFUSION = [128, 256, 512, 512]
+"""The widths of the one autoencoder that is known without its ``config.json``."""
+
 WITHIN = "first_stage_model."
 """Where a whole latent diffusion checkpoint keeps its autoencoder."""
 
@@ -164,7 +167,13 @@ def diffusers(
 ) -> Conversion:
     """The conversion of diffusers' ``AutoencoderKL``, with or without its ``config.json``."""
     older = f"encoder.{OLDER.attention}.query.weight" in tensors
-    return _convert(OLDER if older else DIFFUSERS, tensors, config, ())
+    conversion = _convert(OLDER if older else DIFFUSERS, tensors, config, ())
+    if not config and conversion.card.config["widths"] != STABLE_DIFFUSION:
+        raise CheckpointError(
+            "config.json is missing beside the weights, and says how many groups the norms have; "
+            "give the folder that holds both"
+        )
+    return conversion
 
 
 def compvis(

@@ -81,8 +81,6 @@ FAMILIES = ("dit", "sit", "autoencoder")
 
 def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> tuple[Layout, str]:
     """The layout whose names fit most tensors, and the family."""
-    if family is not None and family not in FAMILIES:
-        raise unknown("family", family, FAMILIES)
     fits = [sum(bool(re.fullmatch(each.names, n)) for n in tensors) for each in LAYOUTS]
     best = LAYOUTS[fits.index(max(fits))]
     if not max(fits):
@@ -164,6 +162,8 @@ def convert(
         OSError: If it cannot be written.
     """
     source, out = Path(source), Path(out)
+    if family is not None and family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
     check_place(out)
     if (out / "card.json").exists() and not force:
         raise CheckpointError(f"{out} exists; --force replaces it")
@@ -171,6 +171,8 @@ def convert(
 
     def build(folder: Path) -> BaseCard:
         layout, kind = _layout(source, found.tensors, family)
+        if num_heads is not None and kind == "autoencoder":
+            raise CheckpointError("an autoencoder has one attention head; leave out --num-heads")
         conversion = layout.convert(kind, found.tensors, found.config, num_heads)
         if isinstance(conversion.card, Card):
             check_card(conversion.card)

@@ -189,6 +189,9 @@ def diffusers(
         },
         {"sample_size": SIDE, "num_attention_heads": width},
     )
+    said = config.get("num_attention_heads")
+    if heads is not None and said not in (None, heads):
+        raise CheckpointError(f"config.json says {said} heads, not {heads}; leave out --num-heads")
     side = config.get("sample_size", 0)
     if not side or side % patch:
         raise CheckpointError(f"config.json: sample_size is {side}, expected a multiple of {patch}")
@@ -205,7 +208,7 @@ def diffusers(
         {
             "width": width,
             "depth": depth,
-            "num_heads": _heads(width, depth, heads or config.get("num_attention_heads")),
+            "num_heads": _heads(width, depth, heads or said),
             "patch": patch,
             "mlp_ratio": shape_of(tensors, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0]
             / width,

@@ -131,7 +131,10 @@ _DTYPES = {
 def _sharded(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     where = _read_json(path).get("weight_map")
     if not isinstance(where, dict) or not all(type(v) is str for v in where.values()):
-        raise CheckpointError(f"{path} has no weight_map, which says the file of each tensor")
+        raise CheckpointError(
+            f"{path} has no weight_map, which says the file of each tensor; give the folder, the "
+            "weights, or their *.index.json"
+        )
     shards = sorted(set(where.values()))
     for shard in shards:
         if Path(shard).name != shard or shard in ("", ".", ".."):
@@ -175,7 +178,7 @@ def read(source: Path) -> Checkpoint:
                 f"{source} is a network folder already; ts.load takes it as it is"
             )
         if weights is None:
-            parts = [p for p in ("transformer", "vae") if (source / p / "config.json").is_file()]
+            parts = sorted(p.parent.name for p in source.glob("*/config.json"))
             mend = (
                 f"give one of its networks: {' or '.join(str(source / p) for p in parts)}"
                 if parts

@@ -158,6 +158,18 @@ def test_every_misfit_is_listed():
         ts.make_network(card, params)
 
 
+def test_a_folder_beside_the_network_is_told(folder, tmp_path):
+    folder.rename(tmp_path / "network")
+    with pytest.raises(ValueError, match=r"it has no card.json; did you mean .*network"):
+        ts.load(tmp_path)
+    (tmp_path / "dit").mkdir()
+    (tmp_path / "dit" / "config.json").touch()
+    with pytest.raises(ValueError, match=r"tstitch convert .* makes one of it"):
+        ts.load(tmp_path / "dit")
+    with pytest.raises(ValueError, match=r"is a file; tstitch convert .* makes a network folder"):
+        ts.load(tmp_path / "dit" / "config.json")
+
+
 def test_embedded_networks():
     assert hub.embedded_names() == ["fashion-s", "fashion-xl"]
     small, large = ts.load("fashion-s"), ts.load("fashion-xl")

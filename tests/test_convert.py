@@ -161,7 +161,7 @@ def compvis(state):
     }
 
 
-@pytest.mark.parametrize("layout", ["older", "compvis", "whole", "sharded", "no config"])
+@pytest.mark.parametrize("layout", ["older", "compvis", "whole", "sharded"])
 def test_every_layout_of_the_autoencoder_is_the_same_network(layout, autoencoder, tmp_path):
     state = load_file(DIFFUSERS / "vae" / "diffusion_pytorch_model.safetensors")
     config = json.loads((DIFFUSERS / "vae" / "config.json").read_text())
@@ -182,9 +182,6 @@ def test_every_layout_of_the_autoencoder_is_the_same_network(layout, autoencoder
         index = source / "diffusion_pytorch_model.safetensors.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
         (source / "config.json").write_text(json.dumps(config))
-    elif layout == "no config":
-        source /= "vae.safetensors"
-        save_file(state, source)
     else:
         source, state = source / "model.safetensors", compvis(state)
         state["loss.logvar"] = np.zeros(())
@@ -590,6 +587,12 @@ def test_bad_networks(edit, options, message, tmp_path):
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["config.json says 2 heads, not 4", "has one attention head"])
+def test_a_number_of_heads_that_cannot_be(name, tmp_path):
+    with pytest.raises(CheckpointError, match=name):
+        convert(DIFFUSERS / ("dit" if "says" in name else "vae"), tmp_path / "net", num_heads=4)
+
+
 @pytest.mark.parametrize("name", ["SiT-S-2-256.pt.safetensors", "my_sit.safetensors"])
 def test_a_name_that_says_sit_asks(name, tmp_path):
     source = published_file(drop(), tmp_path, name)
@@ -691,6 +694,9 @@ def test_bad_sources(tmp_path):
     check(tmp_path / "dit", "config.json is damaged or no JSON")
     (tmp_path / "dit" / "config.json").unlink()
     check(tmp_path / "dit", "config.json is missing beside the weights")
+    lone = DIFFUSERS / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(lone, tmp_path / "lone.safetensors")
+    check(tmp_path / "lone.safetensors", "config.json is missing beside the weights, and says how")
     check(GOLDEN / "torch_zip" / "training_2.pt", "no known network has tensors such as bias")
 
 

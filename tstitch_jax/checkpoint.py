@@ -413,7 +413,12 @@ def read_card(path: str | os.PathLike[str]) -> BaseCard:
     try:
         return _parse_card(json.loads(file.read_text()))
     except FileNotFoundError:
-        raise ValueError(f"{path} is not a network folder: it has no card.json") from None
+        hint = ""
+        if (Path(path) / "network" / "card.json").is_file():
+            hint = f"; did you mean {Path(path) / 'network'}?"
+        elif (Path(path) / "config.json").is_file():
+            hint = f"; tstitch convert {path} OUT makes one of it"
+        raise ValueError(f"{path} is not a network folder: it has no card.json{hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or not a card: {error}") from None
 

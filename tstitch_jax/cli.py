@@ -109,7 +109,8 @@ def convert_command(arguments: argparse.Namespace) -> None:
         shape = "x".join(map(str, card.image_shape))
         print(
             f"{shape} inputs, {card.num_classes} classes, target {card.target}, schedule "
-            f"{card.schedule['name']}, guidance on {card.guidance_channels or 'all'} channels"
+            f"{card.schedule['name']}, guidance on {card.guidance_channels or 'all'} channels, "
+            f"latents of {card.autoencoder or 'no autoencoder'}"
         )
         if card.config["variant"] == "dit":
             print("A SiT has the same tensors: if it is one, give --family sit.")
@@ -141,7 +142,15 @@ def sample_command(arguments: argparse.Namespace) -> None:
     pipeline.check_networks(networks)
     card = networks[-1].card
     wanted = arguments.autoencoder or card.autoencoder
-    autoencoder = ts.load(wanted, dtype) if wanted else None
+    try:
+        autoencoder = ts.load(wanted, dtype) if wanted else None
+    except (ValueError, OSError) as error:
+        if arguments.autoencoder:
+            raise
+        raise ValueError(
+            f"{card.name} makes latents, and its card names the autoencoder {wanted}; give another "
+            f"with --autoencoder, or mend this: {error}"
+        ) from None
     names = [n.card.name for n in networks]
     labels = _labels(arguments.labels, card)
 
@@ -367,7 +376,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--autoencoder",
         metavar="NAME",
-        help="what decodes the latents of latent networks (default: what the card says)",
+        help="name or folder of what decodes latents (default: what the card says)",
     )
     sub.add_argument(
         "--seed", type=_whole(0, 2**32 - 1), default=0, help="seed of the noise (default: 0)"

@@ -179,7 +179,7 @@ def _failure(name: str, reason: object) -> ValueError:
     """The error of a download, with the way around it."""
     entry = PUBLIC[name]
     if entry.url:
-        urls = [entry.url]
+        urls = [shlex.quote(entry.url)]
     else:
         from huggingface_hub import hf_hub_url
 
@@ -322,7 +322,7 @@ def _download_url(name: str) -> Path:
             except _Dropped as error:
                 left = RETRIES if _size(part) > before else left - 1
                 if left <= 0:
-                    raise _failure(name, error) from error
+                    raise _failure(name, error) from None
                 time.sleep(PAUSE * 2 ** (RETRIES - left))
     return path
 
@@ -338,7 +338,7 @@ def _download_repo(name: str) -> Path:
         if isinstance(error, OSError) and error.errno:  # the disk's
             raise
         lines = str(error.__cause__ or error).strip().splitlines()
-        raise _failure(name, lines[0] if lines else type(error).__name__) from error
+        raise _failure(name, lines[0] if lines else type(error).__name__) from None
     return paths[0] if len(paths) == 1 else paths[0].parent
 
 
@@ -421,6 +421,8 @@ def find(name: str | os.PathLike[str]) -> Path:
         return Path(name)
     if text in PUBLIC:
         return fetch(text)
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file; tstitch convert {name} OUT makes a network folder")
     if os.sep in text:
         raise ValueError(f"no network folder at {name}")
     raise unknown("network", name, [*embedded_names(), *PUBLIC])
