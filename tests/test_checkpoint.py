@@ -44,6 +44,12 @@ def test_half_precision_is_the_rounded_network(tmp_path):
     jax.tree.map(check, loaded.params, network.params)
 
 
+def test_parameters_larger_than_what_is_in_flight(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "IN_FLIGHT", 1000)
+    ts.save(tmp_path / "net", tiny_network())
+    assert ts.load(tmp_path / "net").card.checksum == tiny_network().card.checksum
+
+
 def test_saving_replaces_whole(folder):
     ts.save(folder, tiny_network(seed=1))
     assert ts.load(folder).card.checksum == tiny_network(seed=1).card.checksum

@@ -457,42 +457,40 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def start(code: str, *arguments) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
+def convert_in_a_process(code: str, out: Path) -> tuple[int, list[str]]:
+    """Exit status and lines of ``tstitch convert``, after some code in its process."""
+    code = f"import os, sys; from tstitch_jax import cli; {code}; sys.exit(cli.main(sys.argv[1:]))"
+    arguments = ["convert", str(PUBLISHED / "large.pt"), str(out), "--num-heads", "4"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
         stderr=subprocess.PIPE,
         text=True,
+        timeout=120,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
+    return done.returncode, done.stderr.splitlines()
 
 
 def test_a_write_that_really_fails_leaves_nothing(tmp_path):
     """Files of at most 300 kB, but no reservation that would tell beforehand."""
-    code = (
-        "import resource, os, sys; from tstitch_jax import cli; del os.posix_fallocate; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000,) * 2); "
-        "sys.exit(cli.main(sys.argv[1:]))"
+    status, lines = convert_in_a_process(
+        "import resource; del os.posix_fallocate; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000,) * 2)",
+        tmp_path / "net",
     )
-    process = start(code, "convert", PUBLISHED / "large.pt", tmp_path / "net", "--num-heads", 4)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 2, error
-    lines = [line for line in error.splitlines() if not line.startswith("converting")]
-    assert len(lines) == 1, error
+    assert status == 2, lines
+    assert len(lines) == 1, lines
     assert lines[0].startswith("tstitch: error: cannot write the network: ")
     assert os.listdir(tmp_path) == []
 
 
 def test_ctrl_c_while_writing_leaves_nothing(tmp_path):
-    code = (
-        "import os, signal, sys; from tstitch_jax import cli; import orbax.checkpoint as ocp; "
-        "save = ocp.Checkpointer.save; "
-        "ocp.Checkpointer.save = lambda *a: (os.kill(os.getpid(), signal.SIGINT), save(*a)); "
-        "sys.exit(cli.main(sys.argv[1:]))"
+    status, lines = convert_in_a_process(
+        "import signal, orbax.checkpoint as ocp; save = ocp.Checkpointer.save; "
+        "ocp.Checkpointer.save = lambda *a: (os.kill(os.getpid(), signal.SIGINT), save(*a))",
+        tmp_path / "net",
     )
-    process = start(code, "convert", PUBLISHED / "large.pt", tmp_path / "net", "--num-heads", 4)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130, error
-    lines = [line for line in error.splitlines() if not line.startswith("converting")]
+    assert status == 130, lines
     assert lines == ["tstitch: stopped"]
     assert os.listdir(tmp_path) == []
 

@@ -453,13 +453,3 @@ def test_every_entry_has_one_place():
         assert entry.license
         assert entry.repo or len(entry.files) == 1
         assert name == name.lower()
-
-
-def test_the_import_is_light():
-    code = (
-        "import sys, tstitch_jax.hub\n"
-        "print([m for m in ('huggingface_hub', 'checkpoints_convert') "
-        "if m in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout == "[]\n", result.stderr

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -47,7 +48,7 @@ C = TypeVar("C", bound=BaseCard)
 T = TypeVar("T")
 
 IN_FLIGHT = 2**27
-"""Bytes that are read or written at a time; above the size of any one parameter."""
+"""Bytes that are read or written at a time, unless one parameter is larger."""
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -318,6 +319,12 @@ def _uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def _in_flight(params: Params) -> int:
+    """What Orbax is allowed, which refuses a parameter above it; takes arrays or their shapes."""
+    # 8 bytes a number, since the stored dtype may be another one.
+    return max([IN_FLIGHT, *(8 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params))])
+
+
 def fill_folder(folder: Path, card: BaseCard, params: Params) -> None:
     """Writes a complete card and its parameters into an empty folder.
 
@@ -328,7 +335,7 @@ def fill_folder(folder: Path, card: BaseCard, params: Params) -> None:
     """
     import orbax.checkpoint as ocp
 
-    handler = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=IN_FLIGHT)
+    handler = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=_in_flight(params))
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler))
     reason = ""
     with _uninterrupted(), _no_echo(), checkpointer:
@@ -466,12 +473,13 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
         raise ValueError(f"network folder {path} is damaged: it has no params")
     try:
         # Straight into place and little at a time: else memory holds the parameters twice.
-        handler = ocp.BasePyTreeCheckpointHandler(restore_concurrent_bytes=IN_FLIGHT)
-        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler))
-        with _lean_malloc(), _no_echo(), checkpointer:
-            found: Any = checkpointer.metadata(stored)
+        with _no_echo(), ocp.PyTreeCheckpointer() as reader:
+            found: Any = reader.metadata(stored)
             # Older releases of Orbax return the item's metadata itself.
             names = getattr(found, "item_metadata", found).tree
+        handler = ocp.BasePyTreeCheckpointHandler(restore_concurrent_bytes=_in_flight(names))
+        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler))
+        with _lean_malloc(), _no_echo(), checkpointer:
             place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             argument = ocp.ArrayRestoreArgs(sharding=place, dtype=np.dtype(np.float32))
             params = checkpointer.restore(
