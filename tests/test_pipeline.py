@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from helpers import random_params, tiny_network
+from helpers import random_params, relative, tiny_network
 
 import tstitch_jax as ts
 from tstitch_jax import checkpoint, pipeline
@@ -109,11 +109,11 @@ def test_full_size_networks_by_shape(pair, autoencoder, side):
     ]
     coder = KLAutoencoder((128, 256, 512, 512), 2, 4, (256, 256, 3))
     dynamic = list(sampling.dynamic)
-    dynamic[1] = tuple(param_shapes(module) for module in modules)
+    dynamic[1] = sampling.dynamic[1]._replace(params=tuple(param_shapes(m) for m in modules))
     dynamic[-1] = param_shapes(coder)
+    denoisers = tuple(checkpoint._denoiser(module, "eps", True) for module in modules)
     static = sampling.static | dict(
-        denoisers=tuple(checkpoint._denoiser(module, "eps", True) for module in modules),
-        null=1000,
+        denoiser=pipeline._assemble(denoisers, (1000, 1000), (3, 3), 0.0),
         shape=(side, side, 4),
         decoder=checkpoint._coders(coder, 0.18215)[1],
     )
@@ -126,6 +126,192 @@ def test_an_autoencoder_of_other_latents_is_refused(autoencoder):
     network = tiny_network(image_shape=(8, 8, 3), guidance_channels=None)
     with pytest.raises(ValueError, match=r"tiny makes 3 channels, .* coder takes latents of 4"):
         ts.sample(KEY, [network], labels=[0], steps=2, autoencoder=autoencoder)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "unipc", "sde", ts.dpmpp(order=3)])
+def test_any_solver_spacing_and_target(pair, solver):
+    for spacing in ("trailing", "linspace"):
+        x = request(pair, solver=solver, spacing=spacing)
+        assert np.isfinite(x).all()
+        again = request(pair, solver=solver, steps=[999, 700, 300, 40])
+        assert not np.allclose(x, again)
+
+
+def test_given_times_are_the_spacing(pair):
+    expected = request(pair, spacing="trailing")
+    np.testing.assert_array_equal(request(pair, steps=[999, 749, 499, 249]), expected)
+    np.testing.assert_array_equal(request(pair, steps=np.array([999, 749, 499, 249])), expected)
+
+
+def test_predictions_and_trajectory(pair):
+    x, xs, predictions = request(
+        pair, steps=6, return_trajectory=True, return_predictions=True, cfg_scale=None
+    )
+    assert xs.shape == predictions.shape == (6, 2, 8, 8, 4)
+    np.testing.assert_array_equal(xs[-1], x)
+    # The last step of DDIM returns what was predicted there; earlier ones do not.
+    np.testing.assert_allclose(predictions[-1], x, rtol=1e-5, atol=1e-5)
+    assert relative(predictions[0], xs[0]) > 0.1
+    x_only, only = request(pair, steps=6, return_predictions=True, cfg_scale=None)
+    np.testing.assert_allclose(only, predictions, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "unipc", "heun"])
+def test_a_callback_sees_the_steps_of_the_compiled_loop(pair, solver):
+    options = dict(solver=solver, steps=5, return_trajectory=True, return_predictions=True)
+    expected = request(pair, **options)
+    seen = []
+    found = request(pair, callback=seen.append, **options)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative(ours, theirs) < 1e-5
+    assert [step.index for step in seen] == list(range(5))
+    np.testing.assert_array_equal(jnp.stack([step.x for step in seen]), found[1])
+    np.testing.assert_array_equal(jnp.stack([step.x0 for step in seen]), found[2])
+
+
+def test_a_callback_compiles_once(pair):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    options = dict(callback=lambda step: None, eta=0.3, steps=7)
+    request(pair, **options)
+    assert compiled
+    compiled.clear()
+    request(pair, **options, cfg_scale=3.0)
+    request(pair, **{**options, "fractions": [0.1, 0.9]}, labels=[4, 5])
+    assert not compiled
+
+
+def test_start_from_an_image(pair, autoencoder):
+    image = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
+    noise = np.random.default_rng(1).standard_normal((2, 8, 8, 4)).astype(np.float32)
+    options = dict(steps=10, noise=noise, cfg_scale=None, return_trajectory=True)
+    _, whole = request(pair, start=image, strength=1.0, **options)
+    assert len(whole) == 10
+    _, half = request(pair, start=image, strength=0.5, fractions=[0.7, 0.3], **{**options})
+    assert len(half) == 5
+    # The same by hand: five more steps from the noised image, the switch where it would be.
+    schedule = pair[0].schedule
+    knots = ts.make_knots(schedule, 10)
+    plan = ts.Plan.from_fractions([0.7, 0.3], knots, schedule)
+    assert plan.last_steps(5).counts() == (2, 3)
+    denoiser = ts.stitch([n.denoiser for n in pair], plan.last_steps(5))
+    _, expected = ts.run(
+        denoiser,
+        ts.ddim(),
+        ts.last_steps(knots, 5),
+        knots.alpha[5] * image + knots.sigma[5] * jnp.asarray(noise),
+        params=tuple(n.params for n in pair),
+        cond=jnp.array([1, 2]),
+        return_trajectory=True,
+    )
+    assert relative(half, expected) < 1e-5
+    # A little strength returns nearly the image, with an autoencoder nearly what it codes.
+    network = ts.make_network(pair[0].card, jax.tree.map(lambda p: 0 * p, pair[0].params))
+    little = request([network], fractions=None, start=image, strength=0.01, steps=100)
+    assert relative(little, image) < 0.05
+    pictures = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    coded = dict(autoencoder=autoencoder, decode=True, fractions=None, steps=100)
+    found = request([network], start=pictures, strength=0.01, **coded)
+    latents = autoencoder.encode(autoencoder.params, jnp.asarray(pictures), None)
+    expected = jnp.clip(autoencoder.decode(autoencoder.params, latents), -1, 1)
+    assert relative(found, expected) < 0.1
+
+
+def test_labels_for_each_network(pair):
+    same = request(pair, labels=[[1, 2], [1, 2]])
+    np.testing.assert_array_equal(same, request(pair))
+    fewer = tiny_network(1, name="b", width=48, num_heads=3, num_classes=7)
+    found = request([pair[0], fewer], labels=[[8, 9], [5, 6]])
+    knots = ts.make_knots(fewer.schedule, 4)
+    plan = ts.Plan.from_fractions([0.5, 0.5], knots, fewer.schedule)
+    denoisers = [
+        ts.with_cond(ts.cfg(n.denoiser, 1.5, n.card.num_classes, 3), lambda c, k=k: c[k])
+        for k, n in enumerate([pair[0], fewer])
+    ]
+    expected = ts.run(
+        ts.stitch(denoisers, plan),
+        ts.ddim(),
+        knots,
+        ts.draw_noise(ts.image_keys(KEY, jnp.arange(2)), 0, (8, 8, 4)),
+        params=(pair[0].params, fewer.params),
+        cond={0: jnp.array([8, 9]), 1: jnp.array([5, 6])},
+    )
+    assert relative(found, expected) < 1e-5
+
+
+def test_a_scale_for_each_network_and_step(pair):
+    one = request(pair, cfg_scale=[2.0, 3.0])
+    assert relative(request(pair, cfg_scale=[[2.0] * 4, [3.0] * 4]), one) < 1e-5
+    mixed = request(pair, cfg_scale=[[2.0, 2.0, 9.0, 9.0], [9.0, 9.0, 3.0, 3.0]])
+    assert relative(mixed, one) < 1e-5
+    free = request(pair, cfg_scale=[None, 3.0])
+    assert relative(request(pair, cfg_scale=[1.0, 3.0]), free) < 1e-5
+    assert relative(one, free) > 1e-3
+
+
+def test_guidance_in_an_interval(pair):
+    network = pair[0]
+    knots = ts.make_knots(network.schedule, 4)
+    levels = knots.sigma[:-1] / knots.alpha[:-1]
+    low, high = float(levels[2]) * 0.99, float(levels[1]) * 1.01  # steps 1 and 2
+    found = request([network], fractions=None, cfg_interval=(low, high), cfg_scale=3.0)
+    expected = request([network], fractions=None, cfg_scale=[[1.0, 3.0, 3.0, 1.0]])
+    np.testing.assert_array_equal(found, expected)
+    everywhere = request([network], fractions=None, cfg_interval=(0, np.inf), cfg_scale=3.0)
+    assert relative(everywhere, request([network], fractions=None, cfg_scale=3.0)) < 1e-5
+    assert relative(found, everywhere) > 1e-3
+
+
+def test_autoguidance(pair):
+    found = request(pair, cfg_scale=None, auto_scale=2.5)
+    knots = ts.make_knots(pair[0].schedule, 4)
+    plan = ts.Plan.from_fractions([0.5, 0.5], knots, pair[0].schedule)
+    small, large = pair
+    denoiser = ts.stitch(
+        [small.denoiser, ts.autoguide(large.denoiser, small.denoiser, 2.5, channels=3)], plan
+    )
+    expected = ts.run(
+        denoiser,
+        ts.ddim(),
+        knots,
+        ts.draw_noise(ts.image_keys(KEY, jnp.arange(2)), 0, (8, 8, 4)),
+        params=(small.params, (large.params, small.params)),
+        cond=jnp.array([1, 2]),
+    )
+    assert relative(found, expected) < 1e-5
+    assert relative(
+        request(pair, cfg_scale=None, auto_scale=1.0), request(pair, cfg_scale=None)
+    ) < (1e-5)
+
+
+def test_across_families(pair):
+    """A flow before a variance-preserving network: each at its own time and scale."""
+    flow = tiny_network(
+        3, name="sit", schedule={"name": "flow"}, target="flow", learned_variance=False
+    )
+    found = request([flow, pair[0]], cfg_scale=None)
+    schedule = pair[0].schedule
+    knots = ts.make_knots(schedule, 4)
+    x = ts.draw_noise(ts.image_keys(KEY, jnp.arange(2)), 0, (8, 8, 4))
+    for i in range(4):  # by hand, from the definitions
+        a, s = float(knots.alpha[i]), float(knots.sigma[i])
+        if i < 2:
+            t = s / (a + s)
+            knot = ts.Knots(
+                jnp.int32(i), jnp.int32(i), jnp.float32(t), jnp.float32(1 - t), jnp.float32(t), 4
+            )
+            said = flow.denoiser(flow.params, x / (a + s), knot, jnp.array([1, 2]))
+        else:
+            knot = jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), knots)
+            said = pair[0].denoiser(pair[0].params, x, knot, jnp.array([1, 2]))
+        x = knots.alpha[i + 1] * said.x0 + knots.sigma[i + 1] * said.eps
+    assert relative(found, x) < 1e-5
+    # And the other way round, from the flow's pure noise, where the other network has none.
+    assert np.isfinite(request([pair[0], flow])).all()
+    # Also with two evaluations a step, the second at the far end of the step.
+    assert relative(request([flow, pair[0]], solver="heun"), found) > 1e-3
 
 
 def other(**changes):
@@ -147,9 +333,9 @@ BAD = [
     (dict(steps=0), "at least 1, got 0"),
     (dict(steps=1001), "at most the 1000 training times, got 1001"),
     (dict(solver="dimm"), "unknown solver 'dimm'; did you mean 'ddim'"),
-    (dict(solver="ddpm", eta=0.5), "eta belongs to the solver 'ddim'"),
+    (dict(solver="ddpm", eta=0.5), "eta belongs to the solvers 'ddim' and 'euler_ancestral'"),
     (dict(eta=2.0), "eta must be between 0 and 1, got 2"),
-    (dict(eta=float("nan")), "eta must be between 0 and 1, got nan"),
+    (dict(eta=float("nan")), "eta must be a finite number, got nan"),
     (dict(cfg_scale=float("nan")), "cfg_scale must be a finite number or None, got nan"),
     (dict(cfg_channels=5), "cfg_channels must be 1 to 4, got 5"),
     (dict(cfg_channels=0), "cfg_channels must be 1 to 4, got 0"),
@@ -161,7 +347,37 @@ BAD = [
     (dict(decode=True, autoencoder="sd-vae-ft-ema"), "'sd-vae-ft-ema' is no autoencoder; give one"),
     (dict(networks="autoencoders"), "their autoencoder differs, one and two"),
     (dict(eta=np.float32(2)), "eta must be between 0 and 1, got 2"),
-    (dict(eta=None), "eta must be a number, got None"),
+    (dict(eta="much"), "eta must be a number, got 'much'"),
+    (dict(solver=ts.ddim(), eta=0.5), "eta goes with a solver's name; give it to ddim itself"),
+    (dict(solver="lcm"), "'lcm' needs consistency networks, and the card of a does not say"),
+    (dict(solver=ts.heun(), networks="flow"), "'heun' divides by alpha, but the grid starts in"),
+    (dict(spacing="karras", networks="flow"), "'karras' needs a finite noise level .* 'flow'"),
+    (dict(spacing="karas"), "unknown spacing 'karas'; did you mean 'karras'"),
+    (dict(spacing="karras", steps="ddim4"), "'karras' needs a plain number of steps, got 'ddim4'"),
+    (dict(spacing="karras", steps=[9, 8, 7, 6]), "a list of times or the spacing 'karras', not"),
+    (dict(steps=[9, 8, 8, 6]), "times must fall, from noise to data, but 8 is followed by 8"),
+    (dict(steps=[1000, 8, 7, 6]), "times of the schedule 'linear' must be 0 to 999, got 6 to 1000"),
+    (dict(steps=[9.0, float("nan")]), "times of the schedule 'linear' must be 0 to 999, got nan"),
+    (dict(steps=[]), "times must be a list of numbers"),
+    (dict(cfg_scale=[1.0, 2.0, 3.0]), "one entry for each of the 2 networks, got 3 entries"),
+    (dict(cfg_scale=[1.0, [2.0, 3.0]]), "cfg_scale per step needs 4 numbers, got 2"),
+    (dict(cfg_scale="much"), "cfg_scale must be a number or None, got 'much'"),
+    (dict(cfg_rescale=1.5), "cfg_rescale must be between 0 and 1, got 1.5"),
+    (dict(cfg_interval=(2.0, 1.0)), "interval needs 0 <= low < high, got 2.0 and 1.0"),
+    (dict(cfg_interval=3.0), "cfg_interval must be two noise levels, low and high, got 3.0"),
+    (dict(cfg_interval=(1, 2), cfg_scale=None), "cfg_scale None guides nowhere"),
+    (dict(cfg_interval=(1, 2), cfg_scale=[[1, 2, 3, 4], 2]), "per step or cfg_interval, not both"),
+    (dict(auto_scale=2.0, networks="alone"), "first network guide the later ones, but there is"),
+    (dict(auto_scale=float("inf")), "auto_scale must be a finite number, got inf"),
+    (dict(start=np.zeros((2, 8, 8, 4))), "start and strength go together"),
+    (dict(strength=0.5), "start and strength go together"),
+    (dict(start=np.zeros((2, 8, 8, 3)), strength=0.5), r"start must be \(2, 8, 8, 4\), one image"),
+    (dict(start=np.zeros((2, 8, 8, 4)), strength=0.0), "above 0, at most 1, got 0"),
+    (dict(start=np.full((2, 8, 8, 4), np.nan), strength=0.5), "start holds numbers that are not"),
+    (dict(labels=[[1, 2]]), "2 networks need as many lists of labels, got 1"),
+    (dict(labels=[[1, 2], [3]]), "labels for the same images, got 2 and 1"),
+    (dict(labels=[[1, 2], [3, 10]]), "labels must be 0 to 9, got 10"),
+    (dict(labels=7), "labels must be a list of whole numbers, one an image, got 7"),
     (dict(cfg_scale=1e39), "cfg_scale must be a finite number"),
     (dict(plan=[0, 0, 1, 1], fractions=None), "plan must be a ts.Plan, got .0, 0, 1, 1."),
     (
@@ -171,8 +387,7 @@ BAD = [
     (dict(networks=["fashion-s"]), "networks must be a list of what ts.load returns"),
     (dict(networks=[]), "give at least one network"),
     (dict(networks="shape"), "a and other cannot be stitched: their image shape differs"),
-    (dict(networks="classes"), "a and other .* number of classes differs, 10 and 7"),
-    (dict(networks="schedule"), "a and other .* noise schedule differs, .*linear.*cosine"),
+    (dict(networks="classes"), "a and other .* number of classes differs, 10 and 7; give a list"),
 ]
 
 
@@ -182,13 +397,16 @@ def test_bad_input(pair, changes, message, monkeypatch):
     second = {
         "shape": lambda: other(image_shape=(8, 8, 3)),
         "classes": lambda: other(num_classes=7),
-        "schedule": lambda: other(schedule={"name": "cosine"}),
+        "flow": lambda: other(schedule={"name": "flow"}, target="flow"),
         "latents": lambda: other(autoencoder="sd-vae-ft-ema"),
         "autoencoders": lambda: other(autoencoder="two"),
     }
     if isinstance(changes.get("networks"), str):
         first = other(autoencoder="one") if changes["networks"] == "autoencoders" else pair[0]
-        changes = {**changes, "networks": [first, second[changes["networks"]]()]}
+        networks = [first, second[changes["networks"]]()] if changes["networks"] in second else pair
+        if changes["networks"] == "alone":
+            networks, changes = pair[:1], {**changes, "fractions": None}
+        changes = {**changes, "networks": networks}
     # As users call it, without the tests' own checks of types.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message) as caught:

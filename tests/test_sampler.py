@@ -1,24 +1,14 @@
 """The compiled loop against the plain one, and one table of contracts for every solver."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import gaussian_denoiser, loop, relative, tiny_network
+from helpers import gaussian_denoiser, relative, tiny_network
 
 import tstitch_jax as ts
 from tstitch_jax.pipeline import _sample
 
-SOLVERS = {
-    "ddim": lambda: ts.ddim(),
-    "ddim eta 0.5": lambda: ts.ddim(0.5),
-    "ddim eta 1": lambda: ts.ddim(1.0),
-    "ddpm small": lambda: ts.ddpm("small"),
-    "ddpm large": lambda: ts.ddpm("large"),
-    "ddpm learned": lambda: ts.ddpm("learned"),
-}
 SHAPE = (8, 8, 4)
 
 
@@ -30,127 +20,6 @@ def networks():
 def start(batch):
     keys = ts.image_keys(jax.random.key(1), jnp.arange(batch))
     return keys, ts.draw_noise(keys, 0, SHAPE)
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-class TestEverySolver:
-    def test_compiled_loop_is_the_plain_loop(self, name, networks):
-        solver, keys_x = SOLVERS[name](), start(2)
-        knots = ts.make_knots(networks[0].schedule, 6)
-        plan = ts.Plan.from_list([0, 1, 0, 2, 2, 1], 3)
-        denoiser = ts.cfg(ts.stitch([n.denoiser for n in networks], plan), 2.0, 10, channels=3)
-        options = dict(
-            params=tuple(n.params for n in networks), cond=jnp.array([3, 7]), keys=keys_x[0]
-        )
-        x0, found = jax.jit(
-            lambda x: ts.run(denoiser, solver, knots, x, return_trajectory=True, **options)
-        )(keys_x[1])
-        expected = loop(denoiser, solver, knots, keys_x[1], **options)
-        assert found.shape == (6, 2, *SHAPE)
-        assert found.dtype == x0.dtype == jnp.float32
-        assert relative(found, expected) < 2e-5
-        np.testing.assert_array_equal(x0, found[-1])
-
-    def test_given_noise_is_the_drawn_noise(self, name, networks):
-        solver, (keys, x) = SOLVERS[name](), start(2)
-        assert solver.stochastic == (name != "ddim")
-        if not solver.stochastic:
-            return
-        network, knots = networks[0], ts.make_knots(networks[0].schedule, 4)
-        noise = jnp.stack([ts.draw_noise(keys, i + 1, SHAPE) for i in range(4)])
-        options = dict(params=network.params, cond=jnp.array([1, 2]))
-        drawn = ts.run(network.denoiser, solver, knots, x, keys=keys, **options)
-        given = ts.run(network.denoiser, solver, knots, x, noise=noise, **options)
-        assert relative(given, drawn) < 1e-6
-        with pytest.raises(ValueError, match="either keys or noise"):
-            ts.run(network.denoiser, solver, knots, x, **options)
-        with pytest.raises(ValueError, match="noise for 3 steps"):
-            ts.run(network.denoiser, solver, knots, x, noise=noise[:3], **options)
-
-    @pytest.mark.parametrize("count", [2, 3])
-    def test_a_switch_between_equal_networks_changes_nothing(self, name, count, networks):
-        solver, (keys, x) = SOLVERS[name](), start(2)
-        network, knots = networks[0], ts.make_knots(networks[0].schedule, 5)
-        options = dict(cond=jnp.array([1, 2]), keys=keys)
-        alone = ts.run(network.denoiser, solver, knots, x, params=network.params, **options)
-
-        @jax.jit
-        def stitched(plan):
-            denoiser = ts.stitch([network.denoiser] * count, plan)
-            return ts.run(denoiser, solver, knots, x, params=(network.params,) * count, **options)
-
-        for switch in range(6):
-            plan = ts.Plan.from_list([0] * switch + [count - 1] * (5 - switch), count)
-            assert relative(stitched(plan), alone) < 1e-6
-
-    def test_moments_of_a_gaussian(self, name):
-        """With the exact denoiser and many steps, samples have the data's mean and deviation."""
-        mean, std, count = 0.3, 0.5, 20_000
-        knots = ts.make_knots(ts.make_schedule("linear"), 250)
-        keys = ts.image_keys(jax.random.key(5), jnp.arange(count))
-        x = ts.draw_noise(keys, 0, (1, 1, 1))
-        denoiser = gaussian_denoiser(mean, std, variance=0.5)
-        samples = jax.jit(
-            lambda x: ts.run(
-                denoiser,
-                SOLVERS[name](),
-                knots,
-                x,
-                params=1.0,
-                keys=keys,
-            )
-        )(x)
-        # Five standard errors, and the bias of 250 steps, which "large" has most of.
-        assert abs(float(samples.mean()) - mean) < 5 * std / count**0.5 + 0.005
-        assert abs(float(samples.std()) - std) < 5 * std / (2 * count) ** 0.5 + 0.015
-
-
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine", "flow"])
-def test_no_noise_level_is_lost_to_rounding(schedule):
-    """Every grid of 1 to 60 steps, with the most noise: finite, also where alpha is 0."""
-    schedule = ts.make_schedule(schedule)
-    keys = ts.image_keys(jax.random.key(0), jnp.arange(2))
-    x = ts.draw_noise(keys, 0, (2, 2, 1))
-
-    @jax.jit
-    def step(x, knot, after, noise):
-        def denoise(x, knot):
-            return gaussian_denoiser(0.3, 0.5)(1.0, x, knot, None)
-
-        return [s.step(denoise, x, (), knot, after, noise)[0] for s in (ts.ddim(1.0), ts.ddpm())]
-
-    for steps in range(1, 61):
-        knots = ts.make_knots(schedule, steps)
-        for i in {0, 1, steps // 2, steps - 1} & set(range(steps)):
-            pair = [jax.tree.map(lambda v, j=j: jnp.asarray(v[j]), knots) for j in (i, i + 1)]
-            # One executable for all: the number of steps plays no part in a step.
-            pair = [dataclasses.replace(k, steps=1) for k in pair]
-            for found in step(x, *pair, x):
-                assert np.isfinite(found).all(), (steps, i)
-
-
-def test_one_step_starts_at_the_noise():
-    knots = ts.make_knots(ts.make_schedule("linear"), 1)
-    x = jnp.linspace(-2, 2, 8).reshape(8, 1, 1, 1)
-    found = ts.run(gaussian_denoiser(0.3, 0.5), ts.ddim(), knots, x, params=1.0)
-    assert float(jnp.abs(found - 0.3).max()) < 0.01  # of pure noise only the mean is known
-
-
-def test_ddim_converges_with_order_one():
-    """To the exact solution of the probability-flow ODE of a Gaussian."""
-    mean, std = 0.3, 0.5
-    schedule = ts.make_schedule("cosine", 4096)
-    x = jnp.linspace(-2, 2, 64).reshape(64, 1, 1, 1)
-    errors = []
-    for steps in (32, 64, 128, 256):
-        knots = ts.make_knots(schedule, steps)
-        found = ts.run(gaussian_denoiser(mean, std), ts.ddim(), knots, x, params=1.0)
-        first = float(knots.alpha[0]), float(knots.sigma[0])
-        # Along the ODE, (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2) stays what it was.
-        exact = mean + std * (x - first[0] * mean) / np.hypot(first[0] * std, first[1])
-        errors.append(float(jnp.abs(found - exact).max()))
-    orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
-    assert np.all(np.abs(orders - 1) < 0.2), (errors, orders)
 
 
 @pytest.mark.parametrize("target", ["v", "x0", "flow", "eps"])

@@ -1,14 +1,36 @@
 """Trajectory stitching of diffusion models (T-Stitch, Pan et al. 2024, arXiv:2402.14167)."""
 
 from tstitch_jax.checkpoint import make_autoencoder, make_network, save
-from tstitch_jax.guidance import cfg
+from tstitch_jax.guidance import autoguide, cfg, guidance_interval
 from tstitch_jax.hub import load
 from tstitch_jax.pipeline import sample
 from tstitch_jax.plan import Plan
-from tstitch_jax.prediction import as_denoiser, without_variance
-from tstitch_jax.sampler import draw_noise, image_keys, run
-from tstitch_jax.schedules import make_knots, make_schedule, respace
-from tstitch_jax.solvers import SOLVERS, ddim, ddpm, make_solver
+from tstitch_jax.prediction import as_denoiser, at_equal_snr, with_cond, without_variance
+from tstitch_jax.sampler import Step, draw_noise, image_keys, iterate, run
+from tstitch_jax.schedules import (
+    SPACINGS,
+    last_steps,
+    make_knots,
+    make_schedule,
+    match_snr,
+    respace,
+)
+from tstitch_jax.solvers import (
+    SOLVERS,
+    ddim,
+    ddpm,
+    dpmpp,
+    dpmpp_sde,
+    euler,
+    euler_ancestral,
+    flow_heun,
+    heun,
+    lcm,
+    make_solver,
+    pndm,
+    sde,
+    unipc,
+)
 from tstitch_jax.stitch import stitch
 from tstitch_jax.types import (
     Autoencoder,
@@ -22,10 +44,11 @@ from tstitch_jax.types import (
     Solver,
 )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "SOLVERS",
+    "SPACINGS",
     "Autoencoder",
     "AutoencoderCard",
     "Card",
@@ -36,22 +59,40 @@ __all__ = [
     "Prediction",
     "Schedule",
     "Solver",
+    "Step",
     "as_denoiser",
+    "at_equal_snr",
+    "autoguide",
     "cfg",
     "ddim",
     "ddpm",
+    "dpmpp",
+    "dpmpp_sde",
     "draw_noise",
+    "euler",
+    "euler_ancestral",
+    "flow_heun",
+    "guidance_interval",
+    "heun",
     "image_keys",
+    "iterate",
+    "last_steps",
+    "lcm",
     "load",
     "make_autoencoder",
     "make_knots",
     "make_network",
     "make_schedule",
     "make_solver",
+    "match_snr",
+    "pndm",
     "respace",
     "run",
     "sample",
     "save",
+    "sde",
     "stitch",
+    "unipc",
+    "with_cond",
     "without_variance",
 ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -93,12 +96,147 @@ class Plan:
         '0 x 8, 1 x 12'
         """
         fractions = check_fractions(fractions)
-        count = schedule.num_train_steps
-        step = np.interp(np.asarray(knots.time[:-1]), schedule.times, np.arange(count))
+        step, count = _places(knots, schedule)
         progress = 1 - step / count
         bounds = np.cumsum(np.asarray(fractions, np.float64))[:-1]
         networks = (progress[:, None] > bounds + _TOLERANCE).sum(axis=1)
         return cls.from_list(networks, len(fractions))
+
+    @classmethod
+    def from_times(cls, bounds: Sequence[float | int] | np.ndarray, knots: Knots) -> Plan:
+        """By network time: network 0 takes the steps at times of at least ``bounds[0]``, and so on.
+
+        Args:
+            bounds: K-1 times that do not rise; the last network takes what is below all of them.
+            knots: The sampling grid.
+
+        Raises:
+            ValueError: If the bounds rise, or are no numbers.
+        """
+        bounds = _check_bounds("times", bounds, sign=-1)
+        time = np.asarray(knots.time[:-1], np.float64)
+        return cls.from_list((time[:, None] < bounds - _TOLERANCE).sum(axis=1), len(bounds) + 1)
+
+    @classmethod
+    def from_snr(cls, bounds: Sequence[float | int] | np.ndarray, knots: Knots) -> Plan:
+        """By signal-to-noise ratio: network 0 takes the steps at ratios of at most ``bounds[0]``.
+
+        The ratio is ``alpha^2 / sigma^2``, which means the same for every schedule.
+
+        Args:
+            bounds: K-1 ratios that do not fall; the last network takes what is above all of them.
+            knots: The sampling grid.
+
+        Raises:
+            ValueError: If the bounds fall, or are no numbers.
+        """
+        bounds = _check_bounds("ratios", bounds, sign=1)
+        alpha, sigma = (np.asarray(leaf[:-1], np.float64) for leaf in (knots.alpha, knots.sigma))
+        snr = np.square(alpha / sigma)
+        above = snr[:, None] > bounds * (1 + _TOLERANCE)
+        return cls.from_list(above.sum(axis=1), len(bounds) + 1)
+
+    @classmethod
+    def from_switches(cls, switches: Sequence[int] | np.ndarray, steps: int) -> Plan:
+        """By step: network k+1 takes over at step ``switches[k]``, counted from 0.
+
+        Raises:
+            ValueError: If the switches fall, or lie outside 0 to ``steps``.
+
+        >>> Plan.from_switches([20], steps=50).describe(["small", "large"])
+        'small x 20, large x 30'
+        """
+        array = np.asarray(switches)
+        whole = array.ndim == 1 and array.size and np.issubdtype(array.dtype, np.integer)
+        if not whole or (np.diff([0, *array, steps]) < 0).any():
+            raise ValueError(
+                f"switches must be whole numbers that do not fall, 0 to {steps}, got {switches!r}"
+            )
+        return cls.from_counts(np.diff([0, *array, steps]))
+
+    @classmethod
+    def interleaved(cls, pattern: Sequence[int] | np.ndarray, steps: int) -> Plan:
+        """A pattern of counts again and again: ``[1, 2]`` is one step of 0, two of 1, one of 0 ...
+
+        Raises:
+            ValueError: If a count is negative or all are 0, or there are no steps.
+        """
+        once = cls.from_counts(pattern)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return cls.from_list(np.resize(once.networks, steps), once.num_networks)
+
+    @classmethod
+    def decreasing(cls, steps: int, seed: int, first: float = 1.0, last: float = 0.0) -> Plan:
+        """Draws network 0 with a probability that falls, linearly in the step, and 1 otherwise.
+
+        Args:
+            steps: N.
+            seed: Of NumPy's generator; equal seeds give equal plans.
+            first: Probability in the first step.
+            last: Probability in the last step.
+
+        Raises:
+            ValueError: If a probability is not one, or there are no steps.
+        """
+        if not (0 <= first <= 1 and 0 <= last <= 1) or steps < 1:
+            raise ValueError(
+                "probabilities must lie between 0 and 1 and steps be at least 1, "
+                f"got {first}, {last} and {steps}"
+            )
+        drawn = np.random.default_rng(seed).random(steps)
+        return cls.from_list((drawn >= np.linspace(first, last, steps)).astype(int), 2)
+
+    @classmethod
+    def dit(cls, fraction: float, knots: Knots, schedule: Schedule) -> Plan:
+        """The published program's rule for two DiTs: the first where ``t / T >= 1 - fraction``.
+
+        For more networks it becomes ``1 - t / T <= cumsum(fractions)``: ``from_fractions``.
+        """
+        return cls.from_fractions([_check_fraction(fraction), 1 - fraction], knots, schedule)
+
+    @classmethod
+    def ldm(cls, fraction: float, knots: Knots, schedule: Schedule) -> Plan:
+        """The published program's rule for latent diffusion: ``t / T > 1 - fraction``.
+
+        With a fraction of 1 the first network takes all, also a step at time 0.
+        """
+        step, count = _places(knots, schedule)
+        small = (step / count > 1 - _check_fraction(fraction) + _TOLERANCE) | (fraction == 1)
+        return cls.from_list(1 - small.astype(int), 2)
+
+    @classmethod
+    def stable_diffusion(cls, fraction: float, steps: int) -> Plan:
+        """The published program's rule for Stable Diffusion and SDXL: ``(i + 1) / N <= fraction``.
+
+        It goes by the step i of N, not by its time.
+        """
+        progress = np.arange(1, steps + 1) / steps
+        return cls.from_list((progress > _check_fraction(fraction) + _TOLERANCE).astype(int), 2)
+
+    @classmethod
+    def lcm(cls, fraction: float, steps: int) -> Plan:
+        """The published program's rule for LCM: ``i / N <= fraction``, but no step at fraction 0.
+
+        So any other fraction gives the first network one step more than Stable Diffusion's rule.
+        """
+        progress = np.arange(steps) / steps
+        small = (progress <= _check_fraction(fraction) + _TOLERANCE) & (fraction > 0)
+        return cls.from_list(1 - small.astype(int), 2)
+
+    def reversed(self) -> Plan:
+        """The same runs from the last to the first: large to small out of small to large."""
+        return Plan(self.networks[::-1], self.num_networks)
+
+    def last_steps(self, count: int) -> Plan:
+        """The last ``count`` steps alone, as ``schedules.last_steps`` cuts the grid.
+
+        Raises:
+            ValueError: If there are not so many, or none.
+        """
+        if not 1 <= count <= self.steps:
+            raise ValueError(f"the last steps must be 1 to {self.steps}, got {count}")
+        return Plan(self.networks[-count:], self.num_networks)
 
     def counts(self) -> tuple[int, ...]:
         """How many steps each network takes."""
@@ -114,8 +252,11 @@ class Plan:
         """The runs in words, ``"small x 40, large x 60"``; networks by number without names."""
         return ", ".join(f"{names[k] if names else k} x {n}" for k, n in self.runs())
 
-    def cost(self, per_step: Sequence[float]) -> float:
-        """Total of a cost per step and network: seconds, or multiply-adds.
+    def cost(self, per_step: Sequence[float | int] | np.ndarray) -> float:
+        """Total of a cost per step and network: seconds as measured, or a card's multiply-adds.
+
+        Raises:
+            ValueError: If there is not one cost for each network.
 
         >>> Plan.from_counts([40, 60]).cost([1.0, 10.0])
         640.0
@@ -123,6 +264,107 @@ class Plan:
         if len(per_step) != self.num_networks:
             raise ValueError(f"{self.num_networks} networks need as many costs, got {per_step}")
         return float(np.dot(self.counts(), per_step))
+
+    def speedup(self, per_step: Sequence[float | int] | np.ndarray) -> float:
+        """How many times cheaper than the dearest network alone.
+
+        Raises:
+            ValueError: If there is not one cost for each network, all above 0.
+
+        >>> Plan.from_counts([40, 60]).speedup([1.0, 10.0])
+        1.5625
+        """
+        if not np.min(per_step) > 0:
+            raise ValueError(f"costs must be above 0, got {per_step}")
+        return self.steps * float(np.max(per_step)) / self.cost(per_step)
+
+    def to_json(self) -> str:
+        """The plan as one line of JSON, which ``from_json`` reads.
+
+        >>> Plan.from_counts([40, 60]).to_json()
+        '{"num_networks": 2, "runs": [[0, 40], [1, 60]]}'
+        """
+        return json.dumps({"num_networks": self.num_networks, "runs": self.runs()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan of a text that ``to_json`` made.
+
+        Raises:
+            ValueError: If it is no such text.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"a plan is JSON such as {_EXAMPLE}, but {error}") from None
+        number, runs = (data.get(k) for k in ("num_networks", "runs")) if _is_plan(data) else (0, 0)
+        if not _is_whole(number) or not isinstance(runs, list) or not all(map(_is_run, runs)):
+            raise ValueError(f"a plan is JSON such as {_EXAMPLE}, got {text:.80}")
+        steps = sum(run[1] for run in runs)
+        if steps > _MOST_STEPS:
+            raise ValueError(f"a plan has at most {_MOST_STEPS} steps, got {steps}")
+        networks = np.repeat([run[0] for run in runs], [run[1] for run in runs])
+        return cls.from_list(networks.astype(np.int64), number)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON to a file, whole or not at all."""
+        file = Path(path)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(self.to_json() + "\n")
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            ValueError: If the file is no plan, or cannot be read.
+        """
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            raise ValueError(f"cannot read the plan {os.fspath(path)}: {error}") from None
+
+
+_EXAMPLE = '{"num_networks": 2, "runs": [[0, 40], [1, 60]]}'
+_MOST_STEPS = 1_000_000
+
+
+def _is_plan(data: object) -> bool:
+    return isinstance(data, dict) and data.keys() == {"num_networks", "runs"}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_run(run: object) -> bool:
+    return isinstance(run, list) and len(run) == 2 and all(map(_is_whole, run)) and run[1] > 0
+
+
+def _places(knots: Knots, schedule: Schedule) -> tuple[np.ndarray, int]:
+    """The place of each step's time among the training times, 0 to T-1, and T."""
+    count = schedule.num_train_steps
+    return np.interp(np.asarray(knots.time[:-1]), schedule.times, np.arange(count)), count
+
+
+def _check_fraction(fraction: float) -> float:
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"the first network's fraction must lie between 0 and 1, got {fraction}")
+    return fraction
+
+
+def _check_bounds(what: str, bounds: Sequence[float | int] | np.ndarray, sign: int) -> np.ndarray:
+    array = np.asarray(bounds)
+    if array.ndim != 1 or array.dtype.kind not in "iuf" or np.isnan(array).any():
+        raise ValueError(f"the {what} to switch at must be a list of numbers, got {bounds!r:.80}")
+    if (np.diff(array) * sign < 0).any():
+        order = "fall" if sign > 0 else "rise"
+        raise ValueError(f"the {what} to switch at must not {order}, got {bounds!r:.80}")
+    return array.astype(np.float64)
 
 
 def check_fractions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -96,3 +97,44 @@ def without_variance(denoiser: Denoiser) -> Denoiser:
         return denoiser(params, x, knot, cond)._replace(variance=None)
 
     return plain
+
+
+def with_cond(denoiser: Denoiser, select: Callable[[Cond], Cond]) -> Denoiser:
+    """The same denoiser, conditioned on ``select(cond)``: its own part of what several share.
+
+    Denoisers that take different conditioning (labels of other classes, labels and text) are
+    stitched with one ``cond`` that holds it all, such as a dict.
+    """
+
+    def selecting(params: Params, x: jax.Array, knot: Knots, cond: Cond, /) -> Prediction:
+        return denoiser(params, x, knot, select(cond))
+
+    return selecting
+
+
+def at_equal_snr(denoiser: Denoiser, own: Knots) -> Denoiser:
+    r"""The same denoiser in a trajectory of another forward process than it was trained on.
+
+    Where :math:`\alpha / \sigma = \alpha' / \sigma'`, the states of the two processes are the same
+    up to scale (Kingma et al. 2021, arXiv:2107.00630, section 5.1): the denoiser is asked at its
+    own time and at :math:`x' = x \sqrt{(\alpha'^2 + \sigma'^2) / (\alpha^2 + \sigma^2)}`, and what
+    it says of x0 and eps holds as it is.
+
+    Args:
+        denoiser: The denoiser.
+        own: The trajectory's grid as the denoiser's process sees it, from ``match_snr``; its leaves
+            may be traced.
+
+    Raises:
+        ValueError: While tracing, if the two grids differ in length.
+    """
+
+    def matched(params: Params, x: jax.Array, knot: Knots, cond: Cond, /) -> Prediction:
+        if own.steps != knot.steps:
+            raise ValueError(f"the matched grid has {own.steps} steps, the knots {knot.steps}")
+        time, alpha, sigma = (jnp.asarray(v)[knot.index] for v in (own.time, own.alpha, own.sigma))
+        seen = dataclasses.replace(knot, time=time, alpha=alpha, sigma=sigma)
+        scale = jnp.hypot(alpha, sigma) / jnp.hypot(knot.alpha, knot.sigma)
+        return denoiser(params, x * scale, seen, cond)
+
+    return matched

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def _cosine(t: int) -> np.ndarray:
 ALPHA_BARS = {"linear": _linear, "scaled_linear": _scaled_linear, "cosine": _cosine}
 
 
-def make_schedule(name: str, num_train_steps: int = 1000) -> Schedule:
+def make_schedule(name: str, num_train_steps: int = 1000, zero_snr: bool = False) -> Schedule:
     """The forward process of a name.
 
     Args:
@@ -45,9 +45,12 @@ def make_schedule(name: str, num_train_steps: int = 1000) -> Schedule:
             ``alpha^2 + sigma^2 = 1``, network times 0 .. T-1), or ``"flow"`` (rectified flow:
             ``alpha = 1 - t``, ``sigma = t``, network times in (0, 1]; Liu et al. 2022).
         num_train_steps: T, the number of training times.
+        zero_snr: Whether alpha is shifted and scaled so that the last time is pure noise, the
+            first one staying as it is (Lin et al. 2024, arXiv:2305.08891, algorithm 1).
 
     Raises:
-        ValueError: If the name is unknown or T is below 21, where a linear beta would pass 1.
+        ValueError: If the name is unknown, T is below 21, where a linear beta would pass 1, or a
+            flow, which ends in pure noise anyway, is asked for ``zero_snr``.
 
     >>> round(float(make_schedule("linear").alpha[0] ** 2), 6)
     0.9999
@@ -55,16 +58,21 @@ def make_schedule(name: str, num_train_steps: int = 1000) -> Schedule:
     if num_train_steps < 21:
         raise ValueError(f"num_train_steps must be at least 21, got {num_train_steps}")
     if name == "flow":
+        if zero_snr:
+            raise ValueError("zero_snr rescales alpha, but the schedule 'flow' ends at 0 already")
         t = np.arange(1, num_train_steps + 1) / num_train_steps
         return Schedule(name, t, 1 - t, t)
     if name not in ALPHA_BARS:
         raise unknown("schedule", name, [*ALPHA_BARS, "flow"])
     alpha_bar = ALPHA_BARS[name](num_train_steps)
+    alpha = np.sqrt(alpha_bar)
+    if zero_snr:
+        alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     times = np.arange(num_train_steps, dtype=np.float64)
-    return Schedule(name, times, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+    return Schedule(name, times, alpha, np.sqrt(1 - alpha**2))
 
 
-def respace(num_train_steps: int, steps: int | str) -> np.ndarray:
+def respace(num_train_steps: int, steps: int | str | np.integer) -> np.ndarray:
     """Which training times a sampler of fewer steps keeps, ascending int64.
 
     Args:
@@ -120,28 +128,203 @@ def respace(num_train_steps: int, steps: int | str) -> np.ndarray:
     return np.array(kept)
 
 
-def make_knots(schedule: Schedule, steps: int | str) -> Knots:
-    """The sampling grid of ``steps`` training times and the clean end, cast once to float32.
+def _leading(total: int, count: int) -> np.ndarray:
+    """A whole stride from time 0 (Song et al. 2021; diffusers' ``leading`` without offset)."""
+    return (np.arange(count) * (total // count))[::-1]
 
-    A number of steps of a flow cuts its time from 1 to 0 evenly, as SiT's sampler does (Ma et al.
-    2024), without regard to the training times.
+
+def _lcm(total: int, count: int) -> np.ndarray:
+    """Of the 50 times that latent consistency models are distilled at, evenly many."""
+    distilled = np.arange(50, 0, -1) * (total // 50) - 1
+    if count > 50 or total < 50:
+        raise ValueError(
+            f"spacing 'lcm' picks from 50 times, which cannot hold {count} steps of {total}"
+        )
+    return distilled[np.floor(np.arange(count) * (50 / count)).astype(int)]
+
+
+_PLACES: dict[str, Callable[[int, int], np.ndarray]] = {
+    "leading": _leading,
+    "leading+1": lambda total, count: _leading(total, count) + 1,
+    "linspace": lambda total, count: np.linspace(total - 1, 0, count),
+    "trailing": lambda total, count: np.round(np.arange(count, 0, -1) * (total / count)) - 1,
+    "lcm": _lcm,
+}
+"""From T and N to places among the training times, from noise to data."""
+
+_RHO = 7
+"""Of Karras' spacing (Karras et al. 2022, section 3)."""
+
+_LEVELS: dict[str, Callable[[float, float, np.ndarray], np.ndarray]] = {
+    "karras": lambda low, high, u: (high ** (1 / _RHO) * (1 - u) + low ** (1 / _RHO) * u) ** _RHO,
+    "exponential": lambda low, high, u: high ** (1 - u) * low**u,
+}
+"""From the least and the largest noise level, sigma / alpha, to levels, u from 0 to 1."""
+
+SPACINGS = ("respaced", *_PLACES, *_LEVELS)
+
+
+def _count(steps: int | str | np.integer, spacing: str, limit: int) -> int:
+    """The number of steps of a spacing that takes a plain number."""
+    text = str(steps).strip()
+    if not text.removeprefix("-").isdecimal():
+        raise ValueError(f"spacing {spacing!r} needs a plain number of steps, got {steps!r}")
+    if not 1 <= int(text) <= limit:
+        bound = "at least 1" if int(text) < 1 else f"at most the {limit} training times"
+        raise ValueError(f"steps must be {bound}, got {steps!r}")
+    return int(text)
+
+
+def _angle(schedule: Schedule) -> np.ndarray:
+    """``atan(sigma / alpha)``, rising from data to noise, finite also where alpha is 0."""
+    return np.arctan2(schedule.sigma, schedule.alpha)
+
+
+def _levels_at(schedule: Schedule, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Alpha and sigma at any times: those of the schedule, and between them by angle."""
+    if schedule.name == "flow":
+        return 1 - times, times
+    angle = np.interp(times, schedule.times, _angle(schedule))
+    alpha, sigma = np.cos(angle), np.sin(angle)
+    place = np.clip(np.searchsorted(schedule.times, times), 0, schedule.num_train_steps - 1)
+    exact = schedule.times[place] == times
+    return (
+        np.where(exact, schedule.alpha[place], alpha),
+        np.where(exact, schedule.sigma[place], sigma),
+    )
+
+
+def _times_at(schedule: Schedule, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """The times of given signal-to-noise ratios; at the ends where the schedule has none such."""
+    if schedule.name == "flow":
+        return sigma / (alpha + sigma)
+    return np.interp(np.arctan2(sigma, alpha), _angle(schedule), schedule.times)
+
+
+def _given_times(schedule: Schedule, times: np.ndarray) -> np.ndarray:
+    """A list of times from a user."""
+    if times.ndim != 1 or not times.size or times.dtype.kind not in "iuf":
+        raise ValueError(f"times must be a list of numbers, got {times!r:.80}")
+    times = times.astype(np.float64)
+    last = 1 if schedule.name == "flow" else schedule.num_train_steps - 1
+    low = times > 0 if schedule.name == "flow" else times >= 0
+    if not (low & (times <= last)).all():
+        bounds = "above 0, at most 1" if schedule.name == "flow" else f"0 to {last}"
+        raise ValueError(
+            f"times of the schedule {schedule.name!r} must be {bounds}, "
+            f"got {times.min():g} to {times.max():g}"
+        )
+    rising = np.flatnonzero(np.diff(times.astype(np.float32)) >= 0)
+    if rising.size:
+        i = int(rising[0])
+        raise ValueError(
+            f"times must fall, from noise to data, but {times[i]:g} is followed by {times[i + 1]:g}"
+        )
+    return times
+
+
+def _grid(time: np.ndarray, alpha: np.ndarray, sigma: np.ndarray) -> Knots:
+    """The record of the columns, cast once to float32."""
+    index = np.arange(len(time), dtype=np.int32)
+    columns = (column.astype(np.float32) for column in (time, alpha, sigma))
+    return Knots(index, index, *columns, steps=len(time) - 1)
+
+
+def make_knots(
+    schedule: Schedule,
+    steps: int | str | Sequence[float | int] | np.ndarray,
+    spacing: str = "respaced",
+) -> Knots:
+    """The sampling grid: so many points of noise, and the clean end; cast once to float32.
 
     Args:
         schedule: The forward process.
-        steps: As ``respace`` takes it.
+        steps: A number, for ``"respaced"`` also a text as ``respace`` takes it, or the falling
+            list of network times itself, whole or not.
+        spacing: How a number of steps N is spread over the T training times.
+
+            - ``"respaced"``: evenly, both ends included, rounded (``respace``). For a flow its time
+              from 1 to 0 is cut evenly, as SiT's sampler does (Ma et al. 2024).
+            - ``"leading"``: a whole stride up from time 0; ``"leading+1"`` the same one time later,
+              as latent diffusion and Stable Diffusion do.
+            - ``"linspace"``: evenly, both ends included, not rounded.
+            - ``"trailing"``: a stride down from time T-1 (Lin et al. 2024, table 2).
+            - ``"karras"``: noise levels sigma / alpha in equal steps of their seventh root (Karras
+              et al. 2022, equation 5); ``"exponential"``: of their logarithm. Both over the levels
+              of the schedule, asked at the times that belong to them.
+            - ``"lcm"``: evenly many of the 50 times of latent consistency models (Luo et al. 2023).
 
     Returns:
-        Knots with N+1 points, N the number of steps; NumPy leaves.
+        Knots with N+1 points; NumPy leaves. Between training times alpha and sigma follow from
+        the angle ``atan(sigma / alpha)``, linear in time.
+
+    Raises:
+        ValueError: If the spacing is unknown or takes no such steps, the times do not fall, or
+            the noise level of the schedule is infinite where the spacing needs it.
+
+    >>> knots = make_knots(make_schedule("linear"), 4, "trailing")
+    >>> [float(t) for t in knots.time]
+    [999.0, 749.0, 499.0, 249.0, 0.0]
     """
-    kept = respace(schedule.num_train_steps, steps)[::-1]
-    count = len(kept)
-    if schedule.name == "flow" and str(steps).strip() == str(count):
-        time = np.linspace(1, 0, count + 1)
-        columns = (time, 1 - time, time)
+    if spacing not in SPACINGS:
+        raise unknown("spacing", spacing, SPACINGS)
+    total, flow = schedule.num_train_steps, schedule.name == "flow"
+    if not isinstance(steps, int | str | np.integer):
+        if spacing != "respaced":
+            raise ValueError(f"give a list of times or the spacing {spacing!r}, not both")
+        times = _given_times(schedule, np.asarray(steps))
+    elif spacing in _LEVELS:
+        count = _count(steps, spacing, total)
+        if schedule.alpha[-1] == 0:
+            raise ValueError(
+                f"spacing {spacing!r} needs a finite noise level sigma / alpha to start at, but "
+                f"the schedule {schedule.name!r} ends in pure noise; use 'respaced' or 'trailing'"
+            )
+        low, high = (float(schedule.sigma[i] / schedule.alpha[i]) for i in (0, -1))
+        level = _LEVELS[spacing](low, high, np.linspace(0, 1, count))
+        norm = np.sqrt(1 + level**2)
+        times = _times_at(schedule, 1 / norm, level / norm)
+        return _grid(np.append(times, 0), np.append(1 / norm, 1), np.append(level / norm, 0))
+    elif spacing != "respaced":
+        places = _PLACES[spacing](total, _count(steps, spacing, total))
+        times = (places + 1) / total if flow else places.astype(np.float64)
+    elif flow and str(steps).strip().isdecimal():
+        times = np.linspace(1, 0, _count(steps, spacing, total) + 1)[:-1]
     else:
-        columns = (
-            np.append(values[kept], end)
-            for values, end in ((schedule.times, 0), (schedule.alpha, 1), (schedule.sigma, 0))
-        )
-    time, alpha, sigma = (column.astype(np.float32) for column in columns)
-    return Knots(np.arange(count + 1, dtype=np.int32), time, alpha, sigma, steps=count)
+        times = schedule.times[respace(total, steps)[::-1]]
+    alpha, sigma = _levels_at(schedule, times)
+    return _grid(np.append(times, 0), np.append(alpha, 1), np.append(sigma, 0))
+
+
+def match_snr(knots: Knots, schedule: Schedule) -> Knots:
+    """The same grid as another forward process sees it: equal signal-to-noise ratio, its own time.
+
+    Args:
+        knots: The grid of the trajectory; host arrays.
+        schedule: The forward process that a network was trained on. Where it has no such ratio
+            (a variance-preserving one has no pure noise), its nearest end is taken.
+
+    Returns:
+        Knots for ``at_equal_snr``.
+
+    >>> flow, linear = make_schedule("flow"), make_schedule("linear")
+    >>> seen = match_snr(make_knots(linear, 4), flow)
+    >>> [round(float(t), 3) for t in seen.time]
+    [0.994, 0.905, 0.594, 0.01, 0.0]
+    """
+    alpha, sigma = (np.asarray(leaf, np.float64) for leaf in (knots.alpha, knots.sigma))
+    times, clean = _times_at(schedule, alpha, sigma), sigma == 0
+    alpha, sigma = _levels_at(schedule, times)
+    return _grid(*(np.where(clean, end, v) for v, end in ((times, 0), (alpha, 1), (sigma, 0))))
+
+
+def last_steps(knots: Knots, count: int) -> Knots:
+    """The grid of the last ``count`` steps alone, for a start from something less than noise.
+
+    Raises:
+        ValueError: If there are not so many, or none.
+    """
+    if not 1 <= count <= knots.steps:
+        raise ValueError(f"the last steps must be 1 to {knots.steps}, got {count}")
+    tail = slice(-count - 1, None)
+    return _grid(*(np.asarray(leaf)[tail] for leaf in (knots.time, knots.alpha, knots.sigma)))

@@ -1,4 +1,4 @@
-"""Stitching: one denoiser out of several, chosen by the step. The only branch in the library."""
+"""Stitching: one denoiser out of several, chosen by the step; nothing else chooses networks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def stitch(denoisers: Sequence[Denoiser], plan: Plan) -> Denoiser:
         operands = (tuple(params), x, knot, cond)
         if len(branches) == 1:
             return branches[0](*operands)
-        network = _unbatched(jnp.asarray(plan.networks)[knot.index])
+        network = _unbatched(jnp.asarray(plan.networks)[knot.step])
         if len(branches) == 2:
             return jax.lax.cond(network == 1, branches[1], branches[0], *operands)
         return jax.lax.switch(network, branches, *operands)

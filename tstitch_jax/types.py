@@ -63,9 +63,10 @@ class Knots:
     A knot is the same record with scalar leaves, which is what ``lax.scan`` hands to the step.
 
     Attributes:
-        index: int32 ``[N+1]``, the sampling step that starts at the point. A solver that evaluates
-            the denoiser at a further point within a step keeps the step's own index there, since
-            whatever goes by steps (the plan, a scale per step) is looked up by it.
+        index: int32 ``[N+1]``, the number of the point.
+        step: int32 ``[N+1]``, the sampling step that asks. The loop sets it to the step under way,
+            also where a solver asks at the step's far end, since whatever goes by steps (the plan,
+            a scale per step) is looked up by it.
         time: float32 ``[N+1]``, the time that the network is given.
         alpha: float32 ``[N+1]``, the signal's coefficient; 1 at the last point.
         sigma: float32 ``[N+1]``, the noise's standard deviation; 0 at the last point.
@@ -73,6 +74,7 @@ class Knots:
     """
 
     index: Leaf
+    step: Leaf
     time: Leaf
     alpha: Leaf
     sigma: Leaf
@@ -109,12 +111,17 @@ State = Any
 class Solver(NamedTuple):
     """A numerical method as two pure functions; it knows nothing about networks.
 
+    What ``step`` asks the denoiser first is the prediction at ``knot`` itself.
+
     Attributes:
         init: ``x -> state`` for the noise ``x``, float32 ``[B, H, W, C]``.
         step: ``(denoise, x, state, knot, next_knot, noise) -> (x, state)``, from ``knot`` to
             ``next_knot``; ``noise`` is standard normal with the shape of ``x``, or None where the
             solver is not stochastic.
         stochastic: Whether ``step`` takes noise.
+        name: What errors call it.
+        needs_signal: Whether the grid must start with some signal, alpha above 0.
+        needs_consistency: Whether x0 must come from consistency networks.
     """
 
     init: Callable[[jax.Array], State]
@@ -122,6 +129,9 @@ class Solver(NamedTuple):
         [Denoise, jax.Array, State, Knots, Knots, jax.Array | None], tuple[jax.Array, State]
     ]
     stochastic: bool
+    name: str = "solver"
+    needs_signal: bool = False
+    needs_consistency: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +178,7 @@ class Card(BaseCard):
         class_names: Their names, or empty.
         guidance_channels: How many of the first channels guidance acts on by default; None for all.
         autoencoder: The name of the autoencoder whose latents it denoises; empty for images.
+        consistency: Whether it was distilled to a consistency network, whose x0 is a sample.
     """
 
     target: str
@@ -177,6 +188,7 @@ class Card(BaseCard):
     class_names: tuple[str, ...] = ()
     guidance_channels: int | None = None
     autoencoder: str = ""
+    consistency: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,24 +9,57 @@ import jax
 from tstitch_jax.schedules import unknown
 from tstitch_jax.solvers.ddim import ddim
 from tstitch_jax.solvers.ddpm import ddpm
+from tstitch_jax.solvers.dpmpp import dpmpp, dpmpp_sde
+from tstitch_jax.solvers.euler import euler, euler_ancestral
+from tstitch_jax.solvers.heun import flow_heun, heun
+from tstitch_jax.solvers.lcm import lcm
+from tstitch_jax.solvers.pndm import pndm
+from tstitch_jax.solvers.sde import sde
+from tstitch_jax.solvers.unipc import unipc
 from tstitch_jax.types import Solver
 
-SOLVERS: dict[str, Callable[..., Solver]] = {"ddim": ddim, "ddpm": ddpm}
+SOLVERS: dict[str, Callable[..., Solver]] = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "dpmpp": dpmpp,
+    "dpmpp_3": lambda: dpmpp(3),
+    "dpmpp_sde": dpmpp_sde,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "flow_heun": flow_heun,
+    "heun": heun,
+    "lcm": lcm,
+    "pndm": pndm,
+    "sde": sde,
+    "unipc": unipc,
+    "unipc_3": lambda: unipc(3),
+}
+"""By name, with their defaults; ``ts.dpmpp(order=1)`` and the like make any other."""
 
 
-def make_solver(name: str, *, eta: float | jax.Array = 0.0) -> Solver:
-    """The solver of a name; ``eta`` is DDIM's, and must stay 0 for any other.
+def make_solver(name: str, *, eta: float | jax.Array | None = None) -> Solver:
+    """The solver of a name.
+
+    Args:
+        name: One of ``SOLVERS``.
+        eta: Noise of ``"ddim"`` (0 unless given) and of ``"euler_ancestral"`` (1 unless given); no
+            other solver takes any but 0.
 
     Raises:
         ValueError: If the name is unknown, or eta is given to a solver that has none.
     """
     if name not in SOLVERS:
         raise unknown("solver", name, SOLVERS)
-    if name == "ddim":
-        return ddim(eta)
-    if not (isinstance(eta, int | float) and eta == 0):
-        raise ValueError(f"eta belongs to the solver 'ddim'; {name!r} has none")
+    if name in ("ddim", "euler_ancestral"):
+        return SOLVERS[name]() if eta is None else SOLVERS[name](eta)
+    if not (eta is None or (isinstance(eta, int | float) and eta == 0)):
+        raise ValueError(
+            f"eta belongs to the solvers 'ddim' and 'euler_ancestral'; {name!r} has none"
+        )
     return SOLVERS[name]()
 
 
-__all__ = ["SOLVERS", "ddim", "ddpm", "make_solver"]
+__all__ = [
+    "SOLVERS", "ddim", "ddpm", "dpmpp", "dpmpp_sde", "euler", "euler_ancestral", "flow_heun",
+    "heun", "lcm", "make_solver", "pndm", "sde", "unipc",
+]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from tstitch_jax.solvers.common import cached, no_state
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 
@@ -24,10 +25,11 @@ def ddim(eta: float | jax.Array = 0.0) -> Solver:
     """
     if isinstance(eta, int | float) and not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
-    stochastic = not (isinstance(eta, int | float) and eta == 0)
+    return _numbered(eta) if isinstance(eta, int | float) else _ddim(eta)
 
-    def init(x: jax.Array) -> State:
-        return ()
+
+def _ddim(eta: float | jax.Array) -> Solver:
+    stochastic = not (isinstance(eta, int | float) and eta == 0)
 
     def step(
         denoise: Denoise,
@@ -48,4 +50,7 @@ def ddim(eta: float | jax.Array = 0.0) -> Solver:
         eps = next_knot.sigma * jnp.sqrt((1 - eta**2) + eta**2 * share)
         return next_knot.alpha * prediction.x0 + eps * prediction.eps + std * noise, state
 
-    return Solver(init, step, stochastic)
+    return Solver(no_state, step, stochastic, name="ddim")
+
+
+_numbered = cached(_ddim)

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from tstitch_jax.schedules import unknown
+from tstitch_jax.solvers.common import cached, no_state
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 VARIANCES = ("auto", "learned", "small", "large")
 
 
+@cached
 def ddpm(variance: str = "auto") -> Solver:
     r"""DDPM: draws from the Gaussian posterior of a step, equation 7 of Ho et al.
 
@@ -35,9 +37,6 @@ def ddpm(variance: str = "auto") -> Solver:
     """
     if variance not in VARIANCES:
         raise unknown("variance", variance, VARIANCES)
-
-    def init(x: jax.Array) -> State:
-        return ()
 
     def step(
         denoise: Denoise,
@@ -73,4 +72,4 @@ def ddpm(variance: str = "auto") -> Solver:
         mean = next_knot.alpha * beta / old * prediction.x0 + ratio * new / old * x
         return mean + std * noise, state
 
-    return Solver(init, step, stochastic=True)
+    return Solver(no_state, step, stochastic=True, name="ddpm")

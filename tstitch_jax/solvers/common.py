@@ -1,0 +1,75 @@
+"""What several solvers share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from tstitch_jax.types import Knots, State
+
+F = TypeVar("F", bound=Callable)
+
+
+def cached(make: F) -> F:
+    """Equal arguments give the same solver, which jit then knows again."""
+    return functools.cache(make)  # pyright: ignore[reportReturnType]
+
+
+def no_state(x: jax.Array) -> State:
+    """The ``init`` of a solver without memory."""
+    return ()
+
+
+def half_log_snr(knot: Knots) -> jax.Array:
+    r""":math:`\lambda = \log(\alpha / \sigma)`, kept finite where either is 0 (some 87 in float32).
+
+    Steps from pure noise and steps to clean data are then very long instead of infinite; the
+    formulas of the exponential integrators have the right limits.
+    """
+    tiny = jnp.finfo(jnp.result_type(knot.alpha)).tiny
+    return jnp.log(jnp.maximum(knot.alpha, tiny)) - jnp.log(jnp.maximum(knot.sigma, tiny))
+
+
+def phi(h: jax.Array, count: int) -> list[jax.Array]:
+    r""":math:`\varphi_1(-h)` to :math:`\varphi_{count}(-h)`, the parts of exponential integrators.
+
+    :math:`\varphi_k(z) = \sum_j z^j / (j + k)!`, so :math:`\varphi_1(z) = (e^z - 1) / z` and
+    :math:`\varphi_{k+1}(z) = (\varphi_k(z) - 1 / k!) / z` (Hochbruck & Ostermann 2010). That
+    recursion cancels for small steps, where the series is taken.
+    """
+    small = jnp.minimum(h, 1.0)
+    large = jnp.maximum(h, 1.0)
+    direct = -jnp.expm1(-large) / large
+    values = []
+    for k in range(1, count + 1):
+        series = sum((-small) ** j * (1 / math.factorial(j + k)) for j in range(16))
+        values.append(jnp.where(h < 1, series, direct))
+        direct = (1 / math.factorial(k) - direct) / large
+    return values
+
+
+def order_here(order: int, knot: Knots, next_knot: Knots, short: bool) -> jax.Array:
+    """The order of a multistep method in one step: what history allows, 1 in a step to clean data.
+
+    The last step lasts forever on the scale of the methods, which only its first order takes.
+
+    Args:
+        order: The method's.
+        knot: Where the step starts; the step's number says how much history there is.
+        next_knot: Where it ends.
+        short: Whether the order is at most 2 in the step before the last, too.
+    """
+    here = jnp.minimum(knot.index + 1, order)
+    if short:
+        here = jnp.minimum(here, jnp.maximum(knot.steps - knot.index, 2))
+    return jnp.where(next_knot.sigma > 0, here, 1)
+
+
+def combine(weights: jax.Array, values: Sequence[jax.Array]) -> jax.Array:
+    """The sum of ``values`` with scalar ``weights``."""
+    return sum((w * v for w, v in zip(weights, values, strict=True)), jnp.zeros_like(values[0]))
