@@ -76,12 +76,15 @@ def lowered(params, count: int, images: int = 1):
     schedule = ts.make_schedule("linear")
     knots = ts.make_knots(schedule, count)
     plan = ts.Plan.from_fractions([0.4, 0.6], knots, schedule)
-    arguments = (
-        jax.random.key(0), params, plan, knots, np.zeros(images, np.int32), np.float32(1.5), None,
-        None,
+    scale = np.float32(1.5)
+    given = pipeline.Given(params, plan, (scale, scale), None, (None, None))
+    labels = (np.zeros(images, np.int32),) * 2
+    arguments = (jax.random.key(0), given, knots, labels, None, None, None, None)
+    static = dict(
+        denoiser=pipeline._assemble(denoisers, (1000, 1000), (3, 3), 0.0), solver=ts.ddim(),
+        shape=(32, 32, 4), encoder=None, decoder=None, clip=False, return_trajectory=False,
+        return_predictions=False,
     )  # fmt: skip
-    static = dict(denoisers=denoisers, solver="ddim", channels=(3, 3), null=1000,
-                  shape=(32, 32, 4), return_trajectory=False)  # fmt: skip
     return pipeline._sample.lower(*arguments, **static), arguments
 
 

@@ -149,6 +149,26 @@ def test_fractions_labels_and_seed(capsys, tmp_path, folders, monkeypatch):
     assert [p.name for p in out_file.parent.iterdir()] == ["grid.png"]
 
 
+def test_every_option_of_sampling(capsys, tmp_path, folders, monkeypatch):
+    monkeypatch.setattr(cli, "REPEATS", 1)
+    monkeypatch.chdir(tmp_path)
+    ts.Plan.interleaved([1, 1], 4).save("turns.json")
+    status, out, err = run(
+        capsys, "sample", "--networks", folders["a"], folders["b"], "--plan", "turns.json",
+        "--fractions", "0.5", "0.5", "--times", "999", "600", "300", "20", "--solver", "unipc",
+        "--cfg-rescale", "0.5", "--cfg-interval", "0.1", "5", "--auto-scale", "1.5",
+    )  # fmt: skip
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[2].split()[:1] == ["0.5"]
+    assert lines[3].startswith("turns     a x 1, b x 1, a x 1, b x 1")
+    status, out, _ = run(
+        capsys, "sample", "--networks", folders["b"], "--steps", "3", "--spacing", "karras",
+        "--solver", "euler_ancestral", "--eta", "0.5",
+    )  # fmt: skip
+    assert status == 0
+
+
 def test_the_seed_reaches_the_noise(capsys, tmp_path, folders, monkeypatch):
     monkeypatch.setattr(cli, "REPEATS", 1)
     drawn = []
@@ -185,13 +205,22 @@ BAD = [
     (["--steps", "0"], "at least 1, got '0'"),
     (["--steps", "1001"], "at most the 1000 training times"),
     (["--steps", "many"], "steps must be a number like 50"),
-    (["--solver", "dimm"], "unknown solver 'dimm'; did you mean 'ddim' or 'ddpm'?"),
-    (["--solver", "ddpm", "--eta", "1"], "eta belongs to the solver 'ddim'"),
+    (["--solver", "dimm"], "unknown solver 'dimm'; did you mean 'ddim' or"),
+    (["--solver", "ddpm", "--eta", "1"], "eta belongs to the solvers 'ddim'"),
+    (["--solver", "lcm"], "'lcm' needs consistency networks, and the card of fashion-"),
+    (["--spacing", "trailling"], "unknown spacing 'trailling'; did you mean 'trailing'"),
+    (["--times", "500", "600"], "times must fall, from noise to data, but 500 is followed by 600"),
+    (["--cfg-interval", "2", "1"], "a guidance interval needs 0 <= low < high"),
+    (["--plan", "nothing.json"], "cannot read the plan nothing.json"),
+    (["--plan", "short.json"], "the plan has 3 steps, the sampler 50"),
     (["--cfg-scale", "nan"], "cfg_scale must be a finite number"),
     (["--networks", "fashion-s", "fashon-xl"], "did you mean 'fashion-xl'"),
     (["--networks", "latent"], "makes latents of 4 channels, not images"),
     (["--networks", "a", "c", "--fractions", "0.5", "0.5"], "their image shape differs"),
-    (["--networks", "fashion-s", "fashion-xl", "fashion-s"], "give --fractions for the 3"),
+    (
+        ["--networks", "fashion-s", "fashion-xl", "fashion-s"],
+        "give --fractions or --plan for",
+    ),
     (["--networks", "a", "fashion-s"], "cannot be stitched"),
     (["--out", "picture.jpg"], "must end in .png"),
     (["--out", "/proc/nothing/samples.png"], "cannot write /proc/nothing/samples.png"),
@@ -205,6 +234,7 @@ BAD = [
 def test_bad_input(capsys, tmp_path, folders, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
+    ts.Plan.from_counts([1, 2]).save("short.json")
     monkeypatch.setattr("tstitch_jax.pipeline._sample", None)  # nothing may be compiled
     arguments = [folders.get(a, a) for a in arguments]
     status, out, err = run(capsys, "sample", *arguments)

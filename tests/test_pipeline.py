@@ -152,7 +152,7 @@ def test_predictions_and_trajectory(pair):
     # The last step of DDIM returns what was predicted there; earlier ones do not.
     np.testing.assert_allclose(predictions[-1], x, rtol=1e-5, atol=1e-5)
     assert relative(predictions[0], xs[0]) > 0.1
-    x_only, only = request(pair, steps=6, return_predictions=True, cfg_scale=None)
+    _, only = request(pair, steps=6, return_predictions=True, cfg_scale=None)
     np.testing.assert_allclose(only, predictions, rtol=1e-4, atol=1e-4)
 
 
@@ -281,9 +281,8 @@ def test_autoguidance(pair):
         cond=jnp.array([1, 2]),
     )
     assert relative(found, expected) < 1e-5
-    assert relative(
-        request(pair, cfg_scale=None, auto_scale=1.0), request(pair, cfg_scale=None)
-    ) < (1e-5)
+    one, none = (request(pair, cfg_scale=None, auto_scale=s) for s in (1.0, None))
+    assert relative(one, none) < 1e-5
 
 
 def test_across_families(pair):

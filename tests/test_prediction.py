@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative, tiny_network
+from helpers import gaussian_denoiser, relative, tiny_network
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tstitch_jax as ts
+from tstitch_jax import match_snr
 from tstitch_jax.prediction import TARGETS, make_target, predict
 
 
@@ -117,3 +118,153 @@ def test_variance_can_be_left_out(setting):
         solver="ddpm", decode=False,
     )  # fmt: skip
     assert np.isfinite(images).all()
+
+
+def test_rescaled_guidance(setting):
+    """Lin et al. 2024, equations 14 to 16, on v, in NumPy."""
+    network, knot, x, labels = setting
+    given, nothing = halves(setting)
+    a, s = float(knot.alpha), float(knot.sigma)
+
+    def v(prediction):
+        return a * np.asarray(prediction.eps) - s * np.asarray(prediction.x0)
+
+    guided = v(nothing) + 4 * (v(given) - v(nothing))
+    factor = v(given).std(axis=(1, 2, 3)) / guided.std(axis=(1, 2, 3))
+    expected = guided * (0.7 * factor + 0.3)[:, None, None, None]
+    found = ts.cfg(network.denoiser, 4.0, 10, rescale=0.7)(network.params, x, knot, labels)
+    assert relative(v(found), expected) < 1e-4
+    assert relative(knot.alpha * found.x0 + knot.sigma * found.eps, x) < 1e-5
+    assert relative(found.variance, given.variance) < 1e-5
+    same = ts.cfg(network.denoiser, 1.0, 10, rescale=1.0)(network.params, x, knot, labels)
+    assert relative(same.x0, given.x0) < 1e-4
+    with pytest.raises(ValueError, match=r"rescale must be between 0 and 1, got 2"):
+        ts.cfg(network.denoiser, 1.0, 10, rescale=2.0)
+
+
+def test_autoguidance_is_its_definition(setting):
+    network, knot, x, labels = setting
+    weak = tiny_network(1)
+    strong_said = network.denoiser(network.params, x, knot, labels)
+    weak_said = weak.denoiser(weak.params, x, knot, labels)
+    params = (network.params, weak.params)
+    found = ts.autoguide(network.denoiser, weak.denoiser, 2.5)(params, x, knot, labels)
+    expected = jax.tree.map(lambda w, s: w + 2.5 * (s - w), weak_said, strong_said)
+    assert relative(found.x0, expected.x0) < 1e-5
+    assert relative(found.eps, expected.eps) < 1e-5
+    assert relative(found.variance, strong_said.variance) < 1e-5
+    some = ts.autoguide(network.denoiser, weak.denoiser, 2.5, channels=1)(params, x, knot, labels)
+    assert relative(some.eps[..., :1], expected.eps[..., :1]) < 1e-5
+    assert relative(some.eps[..., 1:], strong_said.eps[..., 1:]) < 1e-5
+
+
+def count_calls(denoiser_of, scales):
+    """How many images a denoiser is asked for over a run, by what it does at run time."""
+    asked = []
+
+    def spy(params, x, knot, cond, /):
+        jax.debug.callback(lambda size=x.shape[0]: asked.append(size))
+        return ts.Prediction(jnp.zeros_like(x), x)
+
+    knots = ts.make_knots(ts.make_schedule("linear"), len(scales))
+    x, cond = jnp.ones((3, 1, 1, 1)), jnp.zeros(3, jnp.int32)
+    denoiser, params = denoiser_of(spy, jnp.asarray(scales, jnp.float32))
+    jax.block_until_ready(
+        jax.jit(lambda x: ts.run(denoiser, ts.ddim(), knots, x, params=params, cond=cond))(x)
+    )
+    jax.effects_barrier()
+    return asked
+
+
+def test_outside_the_interval_nothing_more_is_computed():
+    scales = [1, 1, 3, 3, 0.5, 1]
+    asked = count_calls(lambda spy, s: (ts.cfg(spy, s, 10), None), scales)
+    assert sorted(asked) == [3, 3, 3, 6, 6, 6]
+    asked = count_calls(lambda spy, s: (ts.autoguide(spy, spy, s), (None, None)), scales)
+    assert asked == [3] * 9
+    # Both at once: the weak network is never guided itself.
+    asked = count_calls(
+        lambda spy, s: (ts.autoguide(ts.cfg(spy, s, 10), spy, s), (None, None)), scales
+    )
+    assert sorted(asked) == [3] * 6 + [6] * 3
+
+
+def test_the_interval_is_of_noise_levels():
+    schedule = ts.make_schedule("linear")
+    knots = ts.make_knots(schedule, 50)
+    levels = knots.sigma[:-1] / knots.alpha[:-1]
+    found = ts.guidance_interval(2.0, knots, 0.3, 1.5)
+    np.testing.assert_array_equal(found, np.where((levels > 0.3) & (levels <= 1.5), 2, 1))
+    assert found.dtype == np.float32
+    # Of a flow pure noise belongs to the interval that has no upper end, and to no other.
+    flow = ts.make_knots(ts.make_schedule("flow"), 4)
+    np.testing.assert_array_equal(
+        ts.guidance_interval(2.0, flow, 0.0, float("inf")), np.full(4, 2, np.float32)
+    )
+    np.testing.assert_array_equal(ts.guidance_interval(2.0, flow, 0.5, 1e9), [1, 2, 2, 1])
+    for low, high in ((2.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="interval needs 0 <= low < high"):
+            ts.guidance_interval(2.0, knots, low, high)
+
+
+def test_a_mapped_scale_per_step_is_refused(setting):
+    network, knot, x, labels = setting
+    scales = jnp.ones((2, 10), jnp.float32)
+
+    def guided(scale):
+        return ts.cfg(network.denoiser, scale, 10)(network.params, x, knot, labels).x0
+
+    with pytest.raises(ValueError, match="cannot be mapped by vmap"):
+        jax.vmap(guided)(scales)
+
+
+def test_a_scale_for_each_network_by_the_plan(setting):
+    """Guidance around the stitched denoiser, with a scale looked up by the plan."""
+    network, knot, x, labels = setting
+    other = tiny_network(1)
+    plan = ts.Plan.from_counts([5, 5])
+    scales = jnp.array([2.0, 5.0])[plan.networks]
+    stitched = ts.stitch([network.denoiser, other.denoiser], plan)
+    params = (network.params, other.params)
+    found = ts.cfg(stitched, scales, 10)(params, x, knot, labels)  # the knot is step 4
+    expected = ts.cfg(network.denoiser, 2.0, 10)(network.params, x, knot, labels)
+    assert relative(found.x0, expected.x0) < 1e-5
+
+
+@given(angle=st.floats(0.02, 1.55), name=st.sampled_from(["linear", "cosine", "flow"]))
+def test_the_same_knowledge_at_equal_snr(angle, name):
+    """An exact denoiser says the same of data, whichever process it is asked in."""
+    schedule = ts.make_schedule(name)
+    level = np.array([np.tan(angle), 0.5])
+    alpha = 2 / np.sqrt(1 + level**2)  # a process of another scale
+    index = np.arange(2, dtype=np.int32)
+    knots = ts.Knots(index, index, index, alpha, level * alpha, steps=1)
+    own = match_snr(knots, schedule)
+    x = jnp.linspace(-2, 2, 9, dtype=jnp.float32).reshape(9, 1, 1, 1)
+    knot = jax.tree.map(lambda v: jnp.asarray(v[0], jnp.float32 if v.dtype == float else None),
+                        knots)  # fmt: skip
+    exact = gaussian_denoiser(0.3, 0.5)
+    direct = exact(1.0, x, knot, None)
+    found = ts.at_equal_snr(exact, own)(1.0, x, knot, None)
+    low, high = (schedule.sigma[i] / schedule.alpha[i] if schedule.alpha[i] else np.inf
+                 for i in (0, -1))  # fmt: skip
+    if low < level[0] < high:
+        assert own.sigma[0] / own.alpha[0] == pytest.approx(level[0], rel=1e-4)
+        assert relative(found.x0, direct.x0) < 1e-3
+        assert relative(found.eps, direct.eps) < 1e-3
+    assert np.isfinite(found.x0).all()
+
+
+def test_a_matched_grid_of_another_length_is_refused(setting):
+    network, knot, x, labels = setting
+    own = match_snr(ts.make_knots(network.schedule, 9), ts.make_schedule("cosine"))
+    with pytest.raises(ValueError, match="matched grid has 9 steps, the knots 10"):
+        ts.at_equal_snr(network.denoiser, own)(network.params, x, knot, labels)
+
+
+def test_conditioning_of_its_own(setting):
+    network, knot, x, labels = setting
+    found = ts.with_cond(network.denoiser, lambda cond: cond["labels"])(
+        network.params, x, knot, {"labels": labels, "text": None}
+    )
+    np.testing.assert_array_equal(found.x0, network.denoiser(network.params, x, knot, labels).x0)

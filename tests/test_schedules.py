@@ -4,11 +4,21 @@ import contextlib
 
 import numpy as np
 import pytest
+from helpers import GOLDEN, tiny_card
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tstitch_jax import make_knots, make_schedule, respace
+from tstitch_jax import (
+    SPACINGS,
+    last_steps,
+    make_knots,
+    make_schedule,
+    match_snr,
+    respace,
+)
+from tstitch_jax.checkpoint import check_card
 
+LINEAR = make_schedule("linear")
 NAMES = ["linear", "scaled_linear", "cosine"]
 
 
@@ -106,3 +116,110 @@ def test_unknown_schedule_says_the_near_one():
         make_schedule("linaer")
     with pytest.raises(ValueError, match="at least 21, got 3"):
         make_schedule("linear", 3)
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    with np.load(GOLDEN / "schedulers.npz") as arrays:
+        return {k: v for k, v in arrays.items() if k.startswith(("spacing", "zero"))}
+
+
+@pytest.mark.parametrize("name", ["leading", "leading+1", "trailing", "lcm"])
+def test_spacings_by_time(name, diffusers):
+    expected = diffusers[f"spacing/{name}"]
+    knots = make_knots(LINEAR, len(expected), name)
+    np.testing.assert_array_equal(knots.time[:-1], expected)
+    kept = expected.astype(int)
+    np.testing.assert_array_equal(knots.alpha[:-1], LINEAR.alpha[kept].astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["linspace", "karras", "exponential"])
+def test_spacings_by_noise_level(name, diffusers):
+    knots = make_knots(LINEAR, 10, name)
+    levels = knots.sigma[:-1] / knots.alpha[:-1]
+    np.testing.assert_allclose(levels, diffusers[f"spacing/{name}"], rtol=1e-4)
+    # Between training times diffusers goes by the logarithm of the level, here it is the angle.
+    np.testing.assert_allclose(knots.time[:-1], diffusers[f"spacing/{name}/times"], atol=0.02)
+    np.testing.assert_allclose(knots.alpha**2 + knots.sigma**2, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", [*NAMES, "flow"])
+def test_every_spacing(name, spacing):
+    schedule = make_schedule(name)
+    if name == "flow" and spacing in ("karras", "exponential"):
+        with pytest.raises(ValueError, match=r"needs a finite noise level .* 'flow' ends in pure"):
+            make_knots(schedule, 5, spacing)
+        return
+    for steps in (1, 2, 7, "20", 50):
+        knots = make_knots(schedule, steps, spacing)
+        assert knots.steps == int(steps)
+        assert (np.diff(knots.time[:-1]) < 0).all()
+        assert (np.diff(knots.sigma / (knots.alpha + knots.sigma)) < 0).all()
+        assert (knots.time[-1], knots.alpha[-1], knots.sigma[-1]) == (0, 1, 0)
+        low, high = schedule.times[[0, -1]]
+        assert (knots.time[:-1] >= min(low, high / int(steps))).all()
+        assert (knots.time[:-1] <= high).all()
+
+
+@given(st.sampled_from(SPACINGS), st.integers(1, 1000))
+def test_every_number_of_steps(spacing, steps):
+    with contextlib.suppress(ValueError):
+        knots = make_knots(LINEAR, steps, spacing)
+        assert knots.steps == steps
+        assert (np.diff(knots.time[:-1]) < 0).all()
+        assert np.isfinite(knots.alpha).all()
+
+
+def test_given_times():
+    knots = make_knots(LINEAR, [999, 500.5, 20])
+    np.testing.assert_array_equal(knots.time, [999, 500.5, 20, 0])
+    assert LINEAR.alpha[501] < knots.alpha[1] < LINEAR.alpha[500]
+    np.testing.assert_allclose(knots.alpha**2 + knots.sigma**2, 1, rtol=1e-6)
+    flow = make_knots(make_schedule("flow"), (1.0, 0.25))
+    np.testing.assert_array_equal(flow.sigma, [1, 0.25, 0])
+
+
+def test_zero_terminal_snr(diffusers):
+    """Lin et al. 2024, algorithm 1, as diffusers computes it."""
+    schedule = make_schedule("linear", zero_snr=True)
+    np.testing.assert_allclose(schedule.alpha**2, diffusers["zero_snr/alphas_cumprod"], atol=1e-6)
+    assert schedule.alpha[-1] == 0
+    assert schedule.sigma[-1] == 1
+    assert schedule.alpha[0] == pytest.approx(LINEAR.alpha[0], rel=1e-12)
+    assert schedule != LINEAR
+    knots = make_knots(schedule, 10)
+    assert knots.alpha[0] == 0
+    assert np.isfinite(knots.time).all()
+    with pytest.raises(ValueError, match="'flow' ends at 0 already"):
+        make_schedule("flow", zero_snr=True)
+    with pytest.raises(ValueError, match="eps network cannot say x0 where the schedule 'linear'"):
+        check_card(tiny_card(schedule={"name": "linear", "zero_snr": True}))
+
+
+def test_matched_grids():
+    flow = make_schedule("flow")
+    knots = make_knots(LINEAR, 25)
+    there = match_snr(knots, flow)
+    np.testing.assert_allclose(
+        there.sigma[:-1] / there.alpha[:-1], knots.sigma[:-1] / knots.alpha[:-1], rtol=1e-4
+    )
+    np.testing.assert_allclose(there.time, there.sigma, atol=1e-7)
+    back = match_snr(there, LINEAR)
+    np.testing.assert_allclose(back.time, knots.time, atol=0.02)
+    assert (there.alpha[-1], there.sigma[-1], there.time[-1]) == (1, 0, 0)
+    # Pure noise, which the other process has not: its own noisiest point.
+    noisy = match_snr(make_knots(flow, 4), LINEAR)
+    assert noisy.time[0] == 999
+    np.testing.assert_allclose(noisy.sigma[0], LINEAR.sigma[-1])
+
+
+def test_last_steps():
+    knots = make_knots(LINEAR, 10)
+    tail = last_steps(knots, 3)
+    np.testing.assert_array_equal(tail.time, knots.time[-4:])
+    np.testing.assert_array_equal(tail.index, [0, 1, 2, 3])
+    assert tail.steps == 3
+    for count in (0, 11):
+        with pytest.raises(ValueError, match=f"last steps must be 1 to 10, got {count}"):
+            last_steps(knots, count)

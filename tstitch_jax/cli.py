@@ -117,15 +117,24 @@ def convert_command(arguments: argparse.Namespace) -> None:
     print(f"{_count(card.num_params)} parameters, SHA-256 {card.source_checksum}\n{arguments.out}")
 
 
-def _plans(networks: Sequence[Network], given: Sequence[Sequence[float]] | None):
-    """The rows of the picture: fractions per row."""
-    if given is not None:
-        return [list(fractions) for fractions in given]
+def _rows(networks: Sequence[Network], arguments: argparse.Namespace) -> list[Any]:
+    """The rows of the picture: a label, and the fractions or the plan of each."""
+    from tstitch_jax import Plan
+
+    def row(fractions: Sequence[float]) -> tuple[str, dict[str, Any]]:
+        # Of two networks the first one's share says it all.
+        shown = fractions[:1] if len(fractions) == 2 else fractions
+        return " ".join(f"{f:g}" for f in shown), dict(fractions=list(fractions))
+
+    rows = [row(fractions) for fractions in arguments.fractions or ()]
+    rows += [(Path(file).stem, dict(plan=Plan.load(file))) for file in arguments.plan or ()]
+    if rows:
+        return rows
     if len(networks) == 1:
-        return [[1.0]]
+        return [row([1.0])]
     if len(networks) == 2:
-        return [[f, 1 - f] for f in DEFAULT_FRACTIONS]
-    raise ValueError(f"give --fractions for the {len(networks)} networks")
+        return [row([f, 1 - f]) for f in DEFAULT_FRACTIONS]
+    raise ValueError(f"give --fractions or --plan for the {len(networks)} networks")
 
 
 def sample_command(arguments: argparse.Namespace) -> None:
@@ -154,27 +163,35 @@ def sample_command(arguments: argparse.Namespace) -> None:
     names = [n.card.name for n in networks]
     labels = _labels(arguments.labels, card)
 
-    def request(fractions: Sequence[float]) -> pipeline.Sampling:
+    def request(**who: Any) -> pipeline.Sampling:
         return pipeline.prepare(
             jax.random.key(arguments.seed),
             networks,
             labels=labels,
-            fractions=fractions,
-            steps=arguments.steps,
+            steps=arguments.times or arguments.steps,
+            spacing=arguments.spacing,
             solver=arguments.solver,
             eta=arguments.eta,
             cfg_scale=arguments.cfg_scale,
             cfg_channels=arguments.cfg_channels,
+            cfg_rescale=arguments.cfg_rescale,
+            cfg_interval=arguments.cfg_interval,
+            auto_scale=arguments.auto_scale,
             autoencoder=autoencoder,
+            **who,
         )
 
-    rows = _plans(networks, arguments.fractions)
-    requests = [request(fractions) for fractions in rows]
+    rows = _rows(networks, arguments)
+    requests = [request(**who) for _, who in rows]
     out = pictures.check_png(arguments.out)
-    # The last network alone is what the speed-up is measured against, drawn or not.
-    alone = [0.0] * (len(networks) - 1) + [1.0]
-    baseline = rows.index(alone) if alone in rows else len(rows)
-    timed = requests if baseline < len(rows) else [*requests, request(alone)]
+    # The dearest network alone is what the speed-up is measured against, drawn or not.
+    dearest = max(range(len(networks)), key=lambda k: (networks[k].card.macs, k))
+    alone = [set(np.asarray(r.plan.networks).tolist()) for r in requests]
+    baseline = alone.index({dearest}) if {dearest} in alone else len(rows)
+    if baseline < len(rows):
+        timed = requests
+    else:
+        timed = [*requests, request(fractions=[float(k == dearest) for k in range(len(networks))])]
 
     start = time.perf_counter()
     print(f"compiling one sampler for every row ({jax.default_backend()}) ...", file=sys.stderr)
@@ -195,15 +212,15 @@ def sample_command(arguments: argparse.Namespace) -> None:
     medians = [statistics.median(t) for t in times]
     speedups = [medians[baseline] / t for t in medians]
 
-    def shown(fractions: Sequence[float]) -> str:
-        # Of two networks the first one's share says it all.
-        return " ".join(f"{f:g}" for f in (fractions[:1] if len(fractions) == 2 else fractions))
-
     table = [
-        [shown(f), s.plan.describe(names), f"{t:.2f} s", f"{len(labels) / t:.1f}", f"{u:.2f}x"]
-        for f, s, t, u in zip(rows, requests, medians, speedups, strict=False)
+        [label, s.plan.describe(names), f"{t:.2f} s", f"{len(labels) / t:.1f}", f"{u:.2f}x"]
+        for (label, _), s, t, u in zip(rows, requests, medians, speedups, strict=False)
     ]
     guided = "unguided" if arguments.cfg_scale is None else f"guidance {arguments.cfg_scale:g}"
+    if arguments.auto_scale is not None:
+        guided += f", autoguidance {arguments.auto_scale:g}"
+    if arguments.cfg_interval is not None:
+        guided += " at noise levels {:g} to {:g}".format(*arguments.cfg_interval)
     title = f"{' + '.join(names)}: fraction of the steps taken by {names[0]}"
     if len(networks) == 1:
         title = names[0]
@@ -352,8 +369,21 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of steps, or a spec like ddim50 or 10,10,20 (default: 50)",
     )
-    sub.add_argument("--solver", default="ddim", metavar="NAME", help="ddim (default) or ddpm")
-    sub.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (default: 0)")
+    sub.add_argument(
+        "--plan", action="append", metavar="FILE",
+        help="a row for a plan that ts.Plan.save wrote, instead of fractions or beside them",
+    )  # fmt: skip
+    sub.add_argument("--times", nargs="+", type=float, metavar="T",
+                     help="the falling times themselves, instead of --steps")  # fmt: skip
+    sub.add_argument(
+        "--spacing", default="respaced", metavar="NAME",
+        help="respaced (default), leading, linspace, trailing, karras, exponential, ...",
+    )  # fmt: skip
+    sub.add_argument(
+        "--solver", default="ddim", metavar="NAME",
+        help="ddim (default), ddpm, dpmpp, unipc, euler, heun, pndm, sde, ...",
+    )  # fmt: skip
+    sub.add_argument("--eta", type=float, help="noise of ddim and euler_ancestral, 0 to 1")
     sub.add_argument(
         "--cfg-scale",
         type=_scale,
@@ -367,6 +397,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="C",
         help="guide only the first C channels (default: what the card says)",
     )
+    sub.add_argument("--cfg-rescale", type=float, default=0.0, metavar="PHI",
+                     help="rescaled guidance, 0 to 1 (default: 0)")  # fmt: skip
+    sub.add_argument(
+        "--cfg-interval", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="guide only at noise levels sigma / alpha between these",
+    )  # fmt: skip
+    sub.add_argument("--auto-scale", type=float, metavar="S",
+                     help="autoguidance of the later networks by the first")  # fmt: skip
     sub.add_argument(
         "--labels",
         nargs="+",

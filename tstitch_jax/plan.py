@@ -162,9 +162,7 @@ class Plan:
             ValueError: If a count is negative or all are 0, or there are no steps.
         """
         once = cls.from_counts(pattern)
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        return cls.from_list(np.resize(once.networks, steps), once.num_networks)
+        return cls.from_list(np.resize(once.networks, _check_steps(steps)), once.num_networks)
 
     @classmethod
     def decreasing(cls, steps: int, seed: int, first: float = 1.0, last: float = 0.0) -> Plan:
@@ -179,12 +177,9 @@ class Plan:
         Raises:
             ValueError: If a probability is not one, or there are no steps.
         """
-        if not (0 <= first <= 1 and 0 <= last <= 1) or steps < 1:
-            raise ValueError(
-                "probabilities must lie between 0 and 1 and steps be at least 1, "
-                f"got {first}, {last} and {steps}"
-            )
-        drawn = np.random.default_rng(seed).random(steps)
+        if not (0 <= first <= 1 and 0 <= last <= 1):
+            raise ValueError(f"probabilities must lie between 0 and 1, got {first} and {last}")
+        drawn = np.random.default_rng(seed).random(_check_steps(steps))
         return cls.from_list((drawn >= np.linspace(first, last, steps)).astype(int), 2)
 
     @classmethod
@@ -211,7 +206,7 @@ class Plan:
 
         It goes by the step i of N, not by its time.
         """
-        progress = np.arange(1, steps + 1) / steps
+        progress = np.arange(1, _check_steps(steps) + 1) / steps
         return cls.from_list((progress > _check_fraction(fraction) + _TOLERANCE).astype(int), 2)
 
     @classmethod
@@ -220,7 +215,7 @@ class Plan:
 
         So any other fraction gives the first network one step more than Stable Diffusion's rule.
         """
-        progress = np.arange(steps) / steps
+        progress = np.arange(_check_steps(steps)) / steps
         small = (progress <= _check_fraction(fraction) + _TOLERANCE) & (fraction > 0)
         return cls.from_list(1 - small.astype(int), 2)
 
@@ -349,6 +344,12 @@ def _places(knots: Knots, schedule: Schedule) -> tuple[np.ndarray, int]:
     """The place of each step's time among the training times, 0 to T-1, and T."""
     count = schedule.num_train_steps
     return np.interp(np.asarray(knots.time[:-1]), schedule.times, np.arange(count)), count
+
+
+def _check_steps(steps: int) -> int:
+    if not isinstance(steps, int | np.integer) or steps < 1:
+        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
+    return int(steps)
 
 
 def _check_fraction(fraction: float) -> float:
