@@ -60,9 +60,8 @@ def steps() -> None:
     denoiser, params = network()
     keys, x, labels = arguments(2)
     knots = ts.make_knots(ts.make_schedule("linear"), STEPS)
-    solvers = {name: ts.make_solver(name) for name in
-               ("ddim", "dpmpp", "dpmpp_3", "unipc", "unipc_3", "dpmpp_sde", "ddpm", "euler_ancestral",
-                "lcm", "sde", "pndm", "heun")}  # fmt: skip
+    names = "ddim dpmpp dpmpp_3 unipc unipc_3 dpmpp_sde ddpm euler_ancestral lcm sde pndm heun"
+    solvers = {name: ts.make_solver(name) for name in names.split()}
 
     def compiled(solver):
         run = jax.jit(

@@ -349,7 +349,6 @@ BAD = [
     (dict(eta="much"), "eta must be a number, got 'much'"),
     (dict(solver=ts.ddim(), eta=0.5), "eta goes with a solver's name; give it to ddim itself"),
     (dict(solver="lcm"), "'lcm' needs consistency networks, and the card of a does not say"),
-    (dict(solver=ts.heun(), networks="flow"), "'heun' divides by alpha, but the grid starts in"),
     (dict(spacing="karras", networks="flow"), "'karras' needs a finite noise level .* 'flow'"),
     (dict(spacing="karas"), "unknown spacing 'karas'; did you mean 'karras'"),
     (dict(spacing="karras", steps="ddim4"), "'karras' needs a plain number of steps, got 'ddim4'"),

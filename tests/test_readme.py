@@ -13,11 +13,12 @@ import tstitch_jax as ts
 from checkpoints_convert import convert
 from tstitch_jax import cli
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/sampling.md"))
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -39,7 +40,25 @@ def test_python(public_networks):
         images = np.asarray(names["images"])
         assert np.isfinite(images).all()
         shapes.append(images.shape)
-    assert shapes == [(4, 28, 28, 1), (1, 28, 28, 1), (4, 28, 28, 1), (2, 16, 16, 3)]
+    assert shapes == [(4, 28, 28, 1), (1, 28, 28, 1), *[(4, 28, 28, 1)] * 2, (2, 16, 16, 3)]
+
+
+def test_the_guide(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for block in blocks("python", GUIDE):
+            exec(block, names)
+            if "images" in names:
+                assert names["images"].shape == (4, 28, 28, 1)
+                assert float(np.std(names["images"])) > 0.3  # garments on black
+    assert "small x 4, large x 6" in capsys.readouterr().out
+    assert names["xs"].shape == names["x0s"].shape == (10, 4, 28, 28, 1)
+    assert names["again"].shape == (4, 28, 28, 1)
+    for name in ts.SOLVERS:
+        assert f"`{name}`" in GUIDE
+    for name in ts.SPACINGS:
+        assert f"`{name}`" in GUIDE
 
 
 COMMANDS = [
@@ -59,5 +78,6 @@ def test_commands_are_ones_that_there_are(command):
 def test_the_two_commands_and_the_links():
     assert "make demo" in README
     assert "make test" in README
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (Path(__file__).parents[1] / link).exists(), link
+    for folder, text in ((ROOT, README), (ROOT / "docs", GUIDE)):
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            assert (folder / link).exists(), link

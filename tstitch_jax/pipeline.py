@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from tstitch_jax.guidance import autoguide, cfg, guidance_interval
 from tstitch_jax.plan import Plan, check_fractions
 from tstitch_jax.prediction import at_equal_snr, with_cond, without_variance
-from tstitch_jax.sampler import Step, check_start, draw_noise, image_keys, iterate, run
+from tstitch_jax.sampler import Step, draw_noise, image_keys, iterate, run
 from tstitch_jax.schedules import last_steps, make_knots, match_snr
 from tstitch_jax.solvers import make_solver
 from tstitch_jax.stitch import stitch
@@ -414,7 +414,6 @@ def prepare(
     if left < knots.steps:
         knots, plan = last_steps(knots, left), plan.last_steps(left)
         scales = [s[-left:] if isinstance(s, np.ndarray) else s for s in scales]
-    check_start(method, knots)
 
     def over_steps(name: str, scale: Any) -> Any:
         if scale is None:

@@ -63,21 +63,11 @@ def _advance(
     return (x, state), predicted[0]
 
 
-def check_start(solver: Solver, knots: Knots) -> None:
-    """Raises ValueError if the solver cannot start where a grid of host arrays does."""
-    if solver.needs_signal and not isinstance(knots.alpha, jax.Array) and knots.alpha[0] == 0:
-        raise ValueError(
-            f"the solver {solver.name!r} divides by alpha, but the grid starts in pure noise, "
-            "where alpha is 0; use one that does not, such as 'flow_heun' or 'dpmpp'"
-        )
-
-
 def _check(solver: Solver, knots: Knots, keys: jax.Array | None, noise: Any) -> Knots:
     if solver.stochastic and (keys is None) == (noise is None):
         raise ValueError("a stochastic solver needs either keys or noise")
     if noise is not None and noise.shape[0] != knots.steps:
         raise ValueError(f"noise for {noise.shape[0]} steps, but the knots have {knots.steps}")
-    check_start(solver, knots)
     return jax.tree.map(jnp.asarray, knots)
 
 

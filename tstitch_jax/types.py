@@ -120,7 +120,6 @@ class Solver(NamedTuple):
             solver is not stochastic.
         stochastic: Whether ``step`` takes noise.
         name: What errors call it.
-        needs_signal: Whether the grid must start with some signal, alpha above 0.
         needs_consistency: Whether x0 must come from consistency networks.
     """
 
@@ -130,7 +129,6 @@ class Solver(NamedTuple):
     ]
     stochastic: bool
     name: str = "solver"
-    needs_signal: bool = False
     needs_consistency: bool = False
 
 

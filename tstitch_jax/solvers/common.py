@@ -10,7 +10,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.types import Knots, State
+from tstitch_jax.types import Knots, Prediction, State
 
 F = TypeVar("F", bound=Callable)
 
@@ -33,6 +33,24 @@ def half_log_snr(knot: Knots) -> jax.Array:
     """
     tiny = jnp.finfo(jnp.result_type(knot.alpha)).tiny
     return jnp.log(jnp.maximum(knot.alpha, tiny)) - jnp.log(jnp.maximum(knot.sigma, tiny))
+
+
+def karras_slope(knot: Knots, next_knot: Knots) -> jax.Array:
+    r"""The length of a step in Karras' coordinates, times the new alpha.
+
+    It is :math:`\alpha_s (\tilde\sigma_s - \tilde\sigma_t)`. As :math:`\tilde\sigma = \sigma / \alpha`
+    is infinite in pure noise, a mean of slopes amplifies next to it whatever they differ in. Where
+    alpha grows more than tenfold, as in a first step from the end of a cosine schedule or of a
+    flow, this is 0, which leaves Euler's step.
+    """
+    ratio = next_knot.alpha / jnp.maximum(knot.alpha, next_knot.alpha / 10)
+    slope = next_knot.sigma - ratio * knot.sigma
+    return jnp.where(next_knot.alpha > 10 * knot.alpha, 0, slope)
+
+
+def euler_step(prediction: Prediction, knot: Knots) -> jax.Array:
+    """Euler's step to a point, in whatever coordinates (see ``euler``)."""
+    return knot.alpha * prediction.x0 + knot.sigma * prediction.eps
 
 
 def phi(h: jax.Array, count: int) -> list[jax.Array]:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import jax
 
-from tstitch_jax.solvers.common import cached, no_state
+from tstitch_jax.solvers.common import cached, euler_step, karras_slope, no_state
 from tstitch_jax.types import Denoise, Knots, Prediction, Solver, State
 
 
-def _ahead(prediction: Prediction, knot: Knots) -> jax.Array:
-    """Euler's step."""
-    return knot.alpha * prediction.x0 + knot.sigma * prediction.eps
-
-
-def _unless_clean(
-    denoise: Denoise, first: Prediction, next_knot: Knots
+def _far_end(
+    denoise: Denoise, first: Prediction, next_knot: Knots, slope: jax.Array
 ) -> tuple[Prediction, jax.Array]:
     """The prediction at Euler's end of the step, and that end.
 
-    In a step to clean data nothing is asked, as eps there is undefined, and the first one returned.
+    Where Euler's step is all there is, nothing is asked, and the first prediction returned: without
+    a slope, and in a step to clean data, where eps is undefined.
     """
-    end = _ahead(first, next_knot)
-    second = jax.lax.cond(next_knot.sigma > 0, lambda: denoise(end, next_knot), lambda: first)
-    return second, end
+    end = euler_step(first, next_knot)
+    ask = (next_knot.sigma > 0) & (slope != 0)
+    return jax.lax.cond(ask, lambda: denoise(end, next_knot), lambda: first), end
 
 
 @cached
@@ -32,9 +28,9 @@ def heun() -> Solver:
     Algorithm 1 without churn. With :math:`\tilde x = x / \alpha` and
     :math:`\tilde\sigma = \sigma / \alpha` the slope is eps; the mean of the slopes at both ends is
     taken: :math:`\tilde x_s = \tilde x_t + (\tilde\sigma_s - \tilde\sigma_t)
-    (\hat\epsilon_t + \hat\epsilon_s) / 2`. A step to clean data is Euler's. The coordinates are
-    infinite in pure noise: a grid that starts there (a flow's, a zero terminal SNR) takes
-    ``flow_heun``.
+    (\hat\epsilon_t + \hat\epsilon_s) / 2`. A step to clean data is Euler's, and so is one in which
+    alpha grows more than tenfold (``karras_slope``). The method wants many steps at high noise, as
+    ``spacing="karras"`` gives them; with few, or for a flow, ``flow_heun`` is the better one.
     """
 
     def step(
@@ -46,11 +42,11 @@ def heun() -> Solver:
         noise: jax.Array | None,
     ) -> tuple[jax.Array, State]:
         first = denoise(x, knot)
-        second, end = _unless_clean(denoise, first, next_knot)
-        slope = next_knot.sigma - next_knot.alpha / knot.alpha * knot.sigma
+        slope = karras_slope(knot, next_knot)
+        second, end = _far_end(denoise, first, next_knot, slope)
         return end + slope * (second.eps - first.eps) / 2, state
 
-    return Solver(no_state, step, stochastic=False, name="heun", needs_signal=True)
+    return Solver(no_state, step, stochastic=False, name="heun")
 
 
 @cached
@@ -73,11 +69,11 @@ def flow_heun() -> Solver:
         noise: jax.Array | None,
     ) -> tuple[jax.Array, State]:
         first = denoise(x, knot)
-        second, end = _unless_clean(denoise, first, next_knot)
         # (alpha_s + sigma_s) (tau_s - tau_t)
         slope = (knot.alpha * next_knot.sigma - next_knot.alpha * knot.sigma) / (
             knot.alpha + knot.sigma
         )
+        second, end = _far_end(denoise, first, next_knot, slope)
         change = (second.eps - second.x0) - (first.eps - first.x0)
         return end + slope * change / 2, state
 

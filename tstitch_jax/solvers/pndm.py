@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.solvers.common import cached, combine
+from tstitch_jax.solvers.common import cached, combine, euler_step, karras_slope
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 _ADAMS_BASHFORTH = np.array(
@@ -28,7 +28,8 @@ def pndm() -> Solver:
     and not in the integrated variable, so that the order is 2. The start is that of Stable
     Diffusion and of diffusers' ``PNDMScheduler`` with ``skip_prk_steps``: not the paper's three
     Runge-Kutta steps, but in the first step the mean of eps at both ends (a second evaluation),
-    then formulas of two and three values.
+    then formulas of two and three values. A step in which alpha grows more than tenfold is Euler's
+    (``karras_slope``).
     """
 
     def init(x: jax.Array) -> State:
@@ -43,23 +44,22 @@ def pndm() -> Solver:
         noise: jax.Array | None,
     ) -> tuple[jax.Array, State]:
         first = denoise(x, knot)
-        slope = next_knot.sigma - next_knot.alpha / knot.alpha * knot.sigma
+        slope = karras_slope(knot, next_knot)
 
         def transfer(eps: jax.Array) -> jax.Array:
             # The formula above for x = alpha x0 + sigma eps, which rounding spoils less
-            euler = next_knot.alpha * first.x0 + next_knot.sigma * first.eps
-            return euler + slope * (eps - first.eps)
+            return euler_step(first, next_knot) + slope * (eps - first.eps)
 
         def at_the_end() -> jax.Array:
             return denoise(transfer(first.eps), next_knot).eps
 
-        # In the first step the other half of the mean; of a step to clean data, where eps is
-        # undefined, the one at its start.
-        ask = (knot.index == 0) & (next_knot.sigma > 0)
+        # In the first step the other half of the mean; where Euler's step is all there is, and in
+        # a step to clean data, where eps is undefined, the one at its start.
+        ask = (knot.index == 0) & (next_knot.sigma > 0) & (slope != 0)
         other = jax.lax.cond(ask, at_the_end, lambda: first.eps)
         values = (first.eps, *state)
         weights = jnp.asarray(_ADAMS_BASHFORTH, x.dtype)[jnp.minimum(knot.index, 3)]
         eps = combine(weights, values) + jnp.where(knot.index == 0, 0.5, 0) * other
         return transfer(eps), values[:3]
 
-    return Solver(init, step, stochastic=False, name="pndm", needs_signal=True)
+    return Solver(init, step, stochastic=False, name="pndm")
