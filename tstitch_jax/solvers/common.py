@@ -38,10 +38,10 @@ def half_log_snr(knot: Knots) -> jax.Array:
 def karras_slope(knot: Knots, next_knot: Knots) -> jax.Array:
     r"""The length of a step in Karras' coordinates, times the new alpha.
 
-    It is :math:`\alpha_s (\tilde\sigma_s - \tilde\sigma_t)`. As :math:`\tilde\sigma = \sigma / \alpha`
-    is infinite in pure noise, a mean of slopes amplifies next to it whatever they differ in. Where
-    alpha grows more than tenfold, as in a first step from the end of a cosine schedule or of a
-    flow, this is 0, which leaves Euler's step.
+    :math:`\alpha_s (\tilde\sigma_s - \tilde\sigma_t)` with :math:`\tilde\sigma = \sigma / \alpha`,
+    which is infinite in pure noise; next to it, a mean of slopes amplifies whatever they differ in.
+    Where alpha grows more than tenfold, as in a first step from the end of a cosine schedule or of
+    a flow, this is 0, which leaves Euler's step.
     """
     ratio = next_knot.alpha / jnp.maximum(knot.alpha, next_knot.alpha / 10)
     slope = next_knot.sigma - ratio * knot.sigma
