@@ -20,7 +20,7 @@ from tstitch_jax.types import Card, Network, Prediction
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def tiny_card(name="tiny", width=32, depth=2, num_heads=2, **changes) -> Card:
+def tiny_card(name="tiny", width=32, depth=1, num_heads=2, **changes) -> Card:
     """A card of the published layout, small enough for a CPU to run many times."""
     card = Card(
         name=name,

@@ -24,7 +24,8 @@ def pair():
 
 def request(pair, **changes):
     options = dict(labels=[1, 2], fractions=[0.5, 0.5], steps=4, decode=False)
-    return ts.sample(KEY, changes.pop("networks", pair), **{**options, **changes})
+    key, networks = changes.pop("key", KEY), changes.pop("networks", pair)
+    return ts.sample(key, networks, **{**options, **changes})
 
 
 def test_returns_what_it_says(pair):
@@ -353,15 +354,29 @@ BAD = [
     (dict(spacing="karas"), "unknown spacing 'karas'; did you mean 'karras'"),
     (dict(spacing="karras", steps="ddim4"), "'karras' needs a plain number of steps, got 'ddim4'"),
     (dict(spacing="karras", steps=[9, 8, 7, 6]), "a list of times or the spacing 'karras', not"),
-    (dict(steps=[9, 8, 8, 6]), "times must fall, from noise to data, but 8 is followed by 8"),
+    (dict(steps=[9, 8, 8, 6]), "times must fall, .* but 8 is followed by 8"),
     (dict(steps=[1000, 8, 7, 6]), "times of the schedule 'linear' must be 0 to 999, got 6 to 1000"),
     (dict(steps=[9.0, float("nan")]), "times of the schedule 'linear' must be 0 to 999, got nan"),
     (dict(steps=[]), "times must be a list of numbers"),
+    (dict(steps=50.0), "steps must be a whole number or a list of times, got 50.0"),
+    (dict(steps=None), "steps must be a whole number or a list of times, got None"),
+    (dict(spacing="leading+1", steps=1000), "starts at time 1000, after the last of the 1000"),
+    (dict(key=np.zeros(2)), "key must be one key from jax.random.key, got array"),
+    (dict(key=jax.random.split(KEY, 3)), "key must be one key from jax.random.key, got Array"),
+    (dict(callback=5), "callback must be a function of a step, got 5"),
+    (dict(solver=["ddim"]), "unknown solver .'ddim'."),
+    (dict(noise=np.full((2, 8, 8, 4), np.nan)), "noise holds numbers that are not finite"),
+    (dict(noise="much"), r"noise must be an array of numbers \(2, 8, 8, 4\), one per label"),
+    (dict(cfg_interval="12"), "cfg_interval must be two noise levels, low and high, got '12'"),
+    (dict(cfg_rescale=0.5, cfg_scale=None), "cfg_rescale rescales guidance, but cfg_scale None"),
+    (dict(cfg_scale=True), "cfg_scale must be a number or None, got True"),
+    (dict(labels=np.zeros((2, 2, 2), int)), "labels must be a list of whole numbers, one an image"),
+    (dict(solver="heun", eta=np.float32(0.5)), "eta belongs to the solvers"),
     (dict(cfg_scale=[1.0, 2.0, 3.0]), "one entry for each of the 2 networks, got 3 entries"),
     (dict(cfg_scale=[1.0, [2.0, 3.0]]), "cfg_scale per step needs 4 numbers, got 2"),
     (dict(cfg_scale="much"), "cfg_scale must be a number or None, got 'much'"),
     (dict(cfg_rescale=1.5), "cfg_rescale must be between 0 and 1, got 1.5"),
-    (dict(cfg_interval=(2.0, 1.0)), "interval needs 0 <= low < high, got 2.0 and 1.0"),
+    (dict(cfg_interval=(2.0, 1.0)), "levels 0 <= low < high, got scale 1.5, 2.0 and 1.0"),
     (dict(cfg_interval=3.0), "cfg_interval must be two noise levels, low and high, got 3.0"),
     (dict(cfg_interval=(1, 2), cfg_scale=None), "cfg_scale None guides nowhere"),
     (dict(cfg_interval=(1, 2), cfg_scale=[[1, 2, 3, 4], 2]), "per step or cfg_interval, not both"),

@@ -204,6 +204,9 @@ def test_files(tmp_path):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"cannot read the plan .*plan.json"):
         Plan.load(file)
+    assert Plan.from_json(Plan.from_list([0, 1], np.int64(2)).to_json()).num_networks == 2
+    with pytest.raises(OSError, match=r"cannot write .*plan.json: No such file"):
+        Plan.from_counts([1]).save(tmp_path / "nowhere" / "plan.json")
     with pytest.raises(ValueError, match=r"cannot read the plan .*nothing.json: .*No such file"):
         Plan.load(tmp_path / "nothing.json")
 
@@ -263,6 +266,23 @@ def test_bad_json(text, message):
             "steps must be a whole number, at least 1, got 0",
         ),
         (lambda k: Plan.lcm(2.0, 10), "between 0 and 1, got 2"),
+        (lambda k: Plan.dit("0.5", k, LINEAR), "between 0 and 1, got '0.5'"),
+        (lambda k: Plan.lcm(None, 10), "between 0 and 1, got None"),
+        (lambda k: Plan.from_list([0, 1], 2.0), "num_networks must be a whole number, got 2.0"),
+        (lambda k: Plan.from_counts([10**13]), "at most 1000000 steps"),
+        (lambda k: Plan.from_switches([20], "50"), "steps must be a whole number"),
+        (lambda k: Plan.decreasing(5, "a"), "seed must be a whole number, at least 0, got 'a'"),
+        (lambda k: Plan.from_fractions([1.0], LINEAR, k), "needs the knots and the schedule"),
+        (
+            lambda k: Plan.from_fractions([1.0], k, make_schedule("flow")),
+            "knots start at time 999, but the schedule 'flow' ends at 1",
+        ),
+        (lambda k: Plan.from_fractions("10", k, LINEAR), "fractions must be a list of numbers"),
+        (lambda k: Plan.from_json(None), "a plan is JSON such as"),
+        (lambda k: Plan.from_counts([2, 2]).cost(5), "as many costs, finite numbers, got 5"),
+        (lambda k: Plan.from_counts([2, 2]).cost([float("nan"), 1]), "as many costs"),
+        (lambda k: Plan.from_counts([2, 2]).describe(["a"]), "2 networks need as many names"),
+        (lambda k: Plan.from_counts([2, 2]).last_steps(2.5), "last steps must be 1 to 4, got 2.5"),
         (lambda k: Plan.from_counts([2, 2]).last_steps(5), "last steps must be 1 to 4, got 5"),
     ],
 )

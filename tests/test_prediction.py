@@ -136,6 +136,12 @@ def test_rescaled_guidance(setting):
     assert relative(v(found), expected) < 1e-4
     assert relative(knot.alpha * found.x0 + knot.sigma * found.eps, x) < 1e-5
     assert relative(found.variance, given.variance) < 1e-5
+    some = ts.cfg(network.denoiser, 4.0, 10, channels=3, rescale=0.7)
+    found = some(network.params, x, knot, labels)
+    assert relative(found.x0[..., 3:], given.x0[..., 3:]) < 1e-5
+    factor = v(given)[..., :3].std(axis=(1, 2, 3)) / guided[..., :3].std(axis=(1, 2, 3))
+    expected = guided[..., :3] * (0.7 * factor + 0.3)[:, None, None, None]
+    assert relative(v(found)[..., :3], expected) < 1e-4
     same = ts.cfg(network.denoiser, 1.0, 10, rescale=1.0)(network.params, x, knot, labels)
     assert relative(same.x0, given.x0) < 1e-4
     with pytest.raises(ValueError, match=r"rescale must be between 0 and 1, got 2"):
@@ -202,9 +208,10 @@ def test_the_interval_is_of_noise_levels():
         ts.guidance_interval(2.0, flow, 0.0, float("inf")), np.full(4, 2, np.float32)
     )
     np.testing.assert_array_equal(ts.guidance_interval(2.0, flow, 0.5, 1e9), [1, 2, 2, 1])
-    for low, high in ((2.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0), (1.0, float("nan"))):
-        with pytest.raises(ValueError, match="interval needs 0 <= low < high"):
-            ts.guidance_interval(2.0, knots, low, high)
+    nan = float("nan")
+    for scale, low, high in ((2, 2, 1), (2, -1, 1), (2, nan, 1), (2, 1, nan), (nan, 1, 2)):
+        with pytest.raises(ValueError, match="interval needs a scale and levels 0 <= low < high"):
+            ts.guidance_interval(float(scale), knots, float(low), float(high))
 
 
 def test_a_mapped_scale_per_step_is_refused(setting):

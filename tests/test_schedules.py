@@ -180,6 +180,11 @@ def test_given_times():
     np.testing.assert_array_equal(flow.sigma, [1, 0.25, 0])
 
 
+def test_times_that_float32_cannot_tell_apart():
+    with pytest.raises(ValueError, match="by enough to tell in float32"):
+        make_knots(LINEAR, [1.0000001, 1.0, 0.5])
+
+
 def test_zero_terminal_snr(diffusers):
     """Lin et al. 2024, algorithm 1, as diffusers computes it."""
     schedule = make_schedule("linear", zero_snr=True)

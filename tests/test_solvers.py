@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from helpers import (
@@ -398,6 +399,10 @@ def test_names():
         assert ts.make_solver(name) == ts.make_solver(name)
         assert ts.make_solver(name, eta=0.0) is not None
     assert ts.make_solver("dpmpp_3") == ts.dpmpp(3)
+    # Equal arguments, however given.
+    assert ts.dpmpp() == ts.dpmpp(2) == ts.dpmpp(order=2) == ts.make_solver("dpmpp")
+    assert ts.ddpm() == ts.ddpm("auto") == ts.make_solver("ddpm")
+    assert ts.ddim(np.float32(0.5)) == ts.ddim(0.5)
     # The same method under the names of three papers.
     assert ts.euler() == ts.ddim()
     assert ts.euler_ancestral() == ts.ddim(1.0)
@@ -418,11 +423,38 @@ def test_names():
         (lambda: ts.sde("sigmoid"), "unknown diffusion 'sigmoid'; did you mean 'sigma'"),
         (lambda: ts.sde("sigma", -1.0), "scale of the diffusion must be at least 0, got -1"),
         (lambda: ts.ddpm("tiny"), "unknown variance 'tiny'"),
+        (lambda: ts.ddim(np.float32(3)), "eta must be between 0 and 1, got np.float32"),
+        (lambda: ts.ddim("much"), "eta must be between 0 and 1, got 'much'"),
+        (lambda: ts.dpmpp(3.0), "dpmpp has order 1, 2 or 3, got 3.0"),
+        (lambda: ts.dpmpp([3]), "dpmpp cannot take"),
+        (lambda: ts.lcm(float("nan")), "sigma_data must be at least 1e-09, got nan"),
+        (
+            lambda: ts.sde("sigma", float("inf")),
+            "the diffusion must be at least 0, got inf",
+        ),
     ],
 )
-def test_bad_options(make, message):
+def test_bad_options(make, message, monkeypatch):
+    # As users call it, without the tests' own checks of types.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_gradients_by_the_grid_and_eta():
+    """Noise that vanishes in the last step has a derivative; so has all of it, at eta = 1."""
+    x = jnp.linspace(-2, 2, 8).reshape(8, 1, 1, 1)
+    keys, knots = ts.image_keys(jax.random.key(0), jnp.arange(8)), ts.make_knots(SCHEDULE, 4)
+    denoiser = gaussian_denoiser(0.3, 0.5)
+
+    def total(alpha, eta):
+        grid = dataclasses.replace(knots, alpha=alpha)
+        solvers = [ts.ddim(eta), ts.ddpm("small"), ts.sde(), ts.dpmpp_sde()]
+        return sum(ts.run(denoiser, s, grid, x, params=1.0, keys=keys).sum() for s in solvers)
+
+    for eta in (0.0, 0.5, 1.0):
+        slopes = jax.grad(total, (0, 1))(jnp.asarray(knots.alpha), jnp.float32(eta))
+        assert all(np.isfinite(slope).all() for slope in slopes)
 
 
 def test_a_learned_variance_that_is_not_there():

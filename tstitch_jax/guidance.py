@@ -55,17 +55,22 @@ def _push(base: Prediction, towards: Prediction, scale: jax.Array, guided: slice
 
 
 def _rescale(
-    guided: Prediction, plain: Prediction, rescale: float, x: jax.Array, knot: Knots
+    guided: Prediction, plain: Prediction, rescale: float, x: jax.Array, knot: Knots, chosen: slice
 ) -> Prediction:
-    """Brings the deviation of v, over each image, back towards that of the plain prediction."""
+    """Brings the deviation of v, over an image's guided channels, back towards the plain one's."""
 
     def v(prediction: Prediction) -> jax.Array:
         return knot.alpha * prediction.eps - knot.sigma * prediction.x0
 
-    deviation, wanted = (jnp.std(v(p), axis=(1, 2, 3), keepdims=True) for p in (guided, plain))
-    factor = rescale * wanted / jnp.maximum(deviation, 1e-12) + (1 - rescale)
-    scaled = predict("v", factor * v(guided), x, knot.alpha, knot.sigma)
-    return scaled._replace(variance=guided.variance)
+    # Of a constant image the root has no derivative; its factor is 1.
+    variance, wanted = (
+        jnp.var(v(p)[..., chosen], axis=(1, 2, 3), keepdims=True) for p in (guided, plain)
+    )
+    varies = (variance > 0) & (wanted > 0)
+    ratio = jnp.sqrt(jnp.where(varies, wanted, 1) / jnp.where(varies, variance, 1))
+    scaled = v(guided).at[..., chosen].multiply(rescale * ratio + (1 - rescale))
+    prediction = predict("v", scaled, x, knot.alpha, knot.sigma)
+    return prediction._replace(variance=guided.variance)
 
 
 def cfg(
@@ -114,7 +119,7 @@ def cfg(
         both = denoiser(params, jnp.concatenate([x, x]), knot, jax.tree.map(pair, cond, null))
         given, nothing = (jax.tree.map(lambda v, h=h: jnp.split(v, 2)[h], both) for h in (0, 1))
         result = _push(nothing, given, s, chosen)
-        return _rescale(result, given, rescale, x, knot) if rescale else result
+        return _rescale(result, given, rescale, x, knot, chosen) if rescale else result
 
     return _with_scale(guided, denoiser, scale)
 
@@ -165,10 +170,14 @@ def guidance_interval(scale: float, knots: Knots, low: float, high: float) -> np
         float32 ``[N]``, for ``cfg`` and ``autoguide``.
 
     Raises:
-        ValueError: If the interval is empty or below 0.
+        ValueError: If the interval is empty or below 0, or the scale is no finite number.
     """
-    if not 0 <= low < high:
-        raise ValueError(f"a guidance interval needs 0 <= low < high, got {low} and {high}")
+    numbers = [v for v in (scale, low, high) if isinstance(v, int | float | np.number)]
+    if len(numbers) < 3 or not np.isfinite(scale) or not 0 <= low < high:
+        raise ValueError(
+            "a guidance interval needs a scale and levels 0 <= low < high, got scale "
+            f"{scale!r:.40}, {low!r:.40} and {high!r:.40}"
+        )
     with np.errstate(divide="ignore"):
         level = np.asarray(knots.sigma[:-1], np.float64) / np.asarray(knots.alpha[:-1], np.float64)
     return np.where((level > low) & (level <= high), scale, 1).astype(np.float32)

@@ -224,7 +224,9 @@ def _check_labels(labels: Any, cards: Sequence[Card]) -> tuple[np.ndarray, ...]:
         except ValueError:  # ragged
             array = np.empty(0)
         if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"labels must be a list of whole numbers, one an image, got {own!r}")
+            raise ValueError(
+                f"labels must be a list of whole numbers, one an image, got {_shown(own)}"
+            )
         if array.min() < 0 or array.max() >= card.num_classes:
             wrong = [int(v) for v in array if not 0 <= v < card.num_classes]
             raise ValueError(
@@ -259,6 +261,35 @@ def check_autoencoder(network: Network, autoencoder: Autoencoder | None) -> None
         )
 
 
+def _shown(value: Any) -> str:
+    """A value in an error message: one line, not too long."""
+    return " ".join(repr(value).split())[:80]
+
+
+def _images(name: str, value: Any, shape: tuple[int, ...], what: str) -> jax.Array:
+    """A float32 array of that shape without NaN."""
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an array of numbers {shape}, {what}") from None
+    if array.shape != shape:
+        raise ValueError(f"{name} must be {shape}, {what}, got {array.shape}")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return jnp.asarray(array)
+
+
+def _check_key(key: Any) -> None:
+    """Raises ValueError unless it is one key, typed or of the older kind."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    older = isinstance(key, jax.Array) and (key.shape, key.dtype) == ((2,), jnp.uint32)
+    if not older and not (typed and key.ndim == 0):
+        raise ValueError(f"key must be one key from jax.random.key, got {_shown(key)}")
+
+
 def _is_list(value: Any) -> bool:
     arrays = isinstance(value, np.ndarray | jax.Array) and value.ndim > 0
     return arrays or (isinstance(value, Sequence) and not isinstance(value, str))
@@ -267,9 +298,11 @@ def _is_list(value: Any) -> bool:
 def _number(name: str, value: Any, or_none: str = "") -> float:
     """A finite number that float32 holds."""
     try:
+        if isinstance(value, str | bool):
+            raise ValueError
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number{or_none}, got {value!r:.80}") from None
+        raise ValueError(f"{name} must be a number{or_none}, got {_shown(value)}") from None
     if not abs(number) < float(np.finfo(np.float32).max):
         raise ValueError(f"{name} must be a finite number{or_none}, got {number}")
     return number
@@ -309,14 +342,10 @@ def _check_start(
     strength = _number("strength", strength)
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0, at most 1, got {strength:g}")
-    start = jnp.asarray(start, jnp.float32)
     if encoder is not None:
         factor = encoder.factor
         shape = (shape[0], shape[1] * factor, shape[2] * factor, encoder.card.image_shape[2])
-    if start.shape != shape:
-        raise ValueError(f"start must be {shape}, one image per label, got {tuple(start.shape)}")
-    if not bool(jnp.isfinite(start).all()):
-        raise ValueError("start holds numbers that are not finite")
+    start = _images("start", start, shape, "one image per label")
     return start, max(1, int(steps * strength + 1e-6))
 
 
@@ -346,8 +375,7 @@ def prepare(
 ) -> Sampling:
     """Checks everything that ``sample`` takes, before anything is compiled; raises as it does."""
     check_networks(networks)
-    if not isinstance(key, jax.Array):
-        raise ValueError(f"key must come from jax.random.key, got {key!r:.80}")
+    _check_key(key)
     cards = [network.card for network in networks]
     card, schedule = cards[-1], networks[-1].schedule
     checked_labels = _check_labels(labels, cards)
@@ -361,8 +389,8 @@ def prepare(
         raise ValueError(f"eta goes with a solver's name; give it to {solver.name} itself")
     else:
         method = solver
-    if eta == 0 or not method.stochastic:
-        # The deterministic solver is another program, without noise.
+    if not eta:
+        # Without noise DDIM is another program; a solver by name and as itself is the same one.
         solver, eta = method, None
 
     if fractions is not None and plan is not None:
@@ -391,11 +419,17 @@ def prepare(
 
     scales = _check_scales(cfg_scale, len(networks), knots.steps)
     allowed = range(1, card.image_shape[2] + 1)
-    if cfg_channels is not None and not (isinstance(cfg_channels, int) and cfg_channels in allowed):
-        raise ValueError(f"cfg_channels must be 1 to {card.image_shape[2]}, got {cfg_channels}")
+    if cfg_channels is not None:
+        if not isinstance(cfg_channels, int | np.integer) or cfg_channels not in allowed:
+            raise ValueError(
+                f"cfg_channels must be 1 to {len(allowed)}, got {_shown(cfg_channels)}"
+            )
+        cfg_channels = int(cfg_channels)
     cfg_rescale = _number("cfg_rescale", cfg_rescale)
     if not 0 <= cfg_rescale <= 1:
         raise ValueError(f"cfg_rescale must be between 0 and 1, got {cfg_rescale:g}")
+    if cfg_rescale and all(scale is None for scale in scales):
+        raise ValueError("cfg_rescale rescales guidance, but cfg_scale None guides nowhere")
     if auto_scale is not None:
         auto_scale = _number("auto_scale", auto_scale)
         if len(networks) < 2:
@@ -404,9 +438,7 @@ def prepare(
             )
 
     if noise is not None:
-        noise = jnp.asarray(noise, jnp.float32)
-        if noise.shape != shape:
-            raise ValueError(f"noise must be {shape}, one per label, got {tuple(noise.shape)}")
+        noise = _images("noise", noise, shape, "one per label")
     if decode:
         check_autoencoder(networks[-1], autoencoder)
     coder = autoencoder if decode else None
@@ -423,10 +455,10 @@ def prepare(
         if isinstance(scale, np.ndarray):
             raise ValueError(f"give {name} per step or cfg_interval, not both")
         try:
-            low, high = (float(bound) for bound in cfg_interval)
+            low, high = (float(bound) for bound in cfg_interval if _is_list(cfg_interval))
         except (TypeError, ValueError):
             raise ValueError(
-                f"cfg_interval must be two noise levels, low and high, got {cfg_interval!r:.80}"
+                f"cfg_interval must be two noise levels, low and high, got {_shown(cfg_interval)}"
             ) from None
         return guidance_interval(scale, knots, low, high)
 
@@ -509,8 +541,9 @@ def sample(
 ) -> Any:
     """Samples images from one network, or from several stitched along the trajectory.
 
-    All plans, labels, keys, scales and noises of one batch size and number of steps run in one
-    executable; image i depends on the key and i alone.
+    All plans, labels, keys, scales, intervals and noises of one batch size and number of steps run
+    in one executable (guidance by one scale, by scales per step or by none is one each); image i
+    depends on the key and i alone.
 
     The trajectory runs in the forward process of the last network. One that was trained on another
     (a flow before a variance-preserving one, say) is asked at equal signal-to-noise ratio and at
@@ -553,6 +586,7 @@ def sample(
         return_predictions: Whether to return x0 as predicted in each step too (the same).
         callback: Called with a ``Step`` (index, x, x0) after each step, which is then taken from
             the host: for previews and progress bars. The numbers are the same up to rounding.
+            Another eta compiles its step anew.
 
     Returns:
         float32 ``[B, H, W, C]``, of the latents' shape if they are not decoded; with
@@ -563,6 +597,8 @@ def sample(
         ValueError: If any argument is not as said, or the networks do not fit together; before
             anything is compiled.
     """
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback must be a function of a step, got {_shown(callback)}")
     return prepare(
         key, networks, labels=labels, fractions=fractions, plan=plan, steps=steps, spacing=spacing,
         solver=solver, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels,

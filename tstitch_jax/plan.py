@@ -38,7 +38,9 @@ class Plan:
         return self.networks.shape[0]
 
     @classmethod
-    def from_list(cls, networks: Sequence[int] | np.ndarray, num_networks: int) -> Plan:
+    def from_list(
+        cls, networks: Sequence[int] | np.ndarray, num_networks: int | np.integer
+    ) -> Plan:
         """The plan that gives step i to network ``networks[i]``.
 
         Raises:
@@ -50,12 +52,16 @@ class Plan:
         array = np.asarray(networks)
         if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
             raise ValueError(f"a plan is a list of whole numbers, one a step, got {networks!r}")
+        if not _is_whole(num_networks) or num_networks < 1:
+            raise ValueError(f"num_networks must be a whole number, got {num_networks!r}")
+        if len(array) > _MOST_STEPS:
+            raise ValueError(f"a plan has at most {_MOST_STEPS} steps, got {len(array)}")
         if array.min() < 0 or array.max() >= num_networks:
             raise ValueError(
                 f"a plan for {num_networks} networks holds numbers 0 to {num_networks - 1}, "
                 f"got {array.min()} to {array.max()}"
             )
-        return cls(array.astype(np.int32), num_networks)
+        return cls(array.astype(np.int32), int(num_networks))
 
     @classmethod
     def from_counts(cls, counts: Sequence[int] | np.ndarray) -> Plan:
@@ -66,6 +72,8 @@ class Plan:
         """
         array = np.asarray(counts)
         whole = array.ndim == 1 and np.issubdtype(array.dtype, np.integer)
+        if whole and array.size and array.max() > _MOST_STEPS:
+            raise ValueError(f"a plan has at most {_MOST_STEPS} steps, got {counts!r:.80}")
         if not whole or not array.any() or array.min() < 0:
             raise ValueError(f"counts must be whole numbers, at least 0, not all 0, got {counts!r}")
         return cls.from_list(np.repeat(np.arange(len(array)), array), len(array))
@@ -146,7 +154,7 @@ class Plan:
         >>> Plan.from_switches([20], steps=50).describe(["small", "large"])
         'small x 20, large x 30'
         """
-        array = np.asarray(switches)
+        array, steps = np.asarray(switches), _check_steps(steps)
         whole = array.ndim == 1 and array.size and np.issubdtype(array.dtype, np.integer)
         if not whole or (np.diff([0, *array, steps]) < 0).any():
             raise ValueError(
@@ -179,6 +187,8 @@ class Plan:
         """
         if not (0 <= first <= 1 and 0 <= last <= 1):
             raise ValueError(f"probabilities must lie between 0 and 1, got {first} and {last}")
+        if not _is_whole(seed):
+            raise ValueError(f"the seed must be a whole number, at least 0, got {seed!r}")
         drawn = np.random.default_rng(seed).random(_check_steps(steps))
         return cls.from_list((drawn >= np.linspace(first, last, steps)).astype(int), 2)
 
@@ -188,7 +198,8 @@ class Plan:
 
         For more networks it becomes ``1 - t / T <= cumsum(fractions)``: ``from_fractions``.
         """
-        return cls.from_fractions([_check_fraction(fraction), 1 - fraction], knots, schedule)
+        fraction = _check_fraction(fraction)
+        return cls.from_fractions([fraction, 1 - fraction], knots, schedule)
 
     @classmethod
     def ldm(cls, fraction: float, knots: Knots, schedule: Schedule) -> Plan:
@@ -196,8 +207,8 @@ class Plan:
 
         With a fraction of 1 the first network takes all, also a step at time 0.
         """
-        step, count = _places(knots, schedule)
-        small = (step / count > 1 - _check_fraction(fraction) + _TOLERANCE) | (fraction == 1)
+        (step, count), fraction = _places(knots, schedule), _check_fraction(fraction)
+        small = (step / count > 1 - fraction + _TOLERANCE) | (fraction == 1)
         return cls.from_list(1 - small.astype(int), 2)
 
     @classmethod
@@ -215,8 +226,8 @@ class Plan:
 
         So any other fraction gives the first network one step more than Stable Diffusion's rule.
         """
-        progress = np.arange(_check_steps(steps)) / steps
-        small = (progress <= _check_fraction(fraction) + _TOLERANCE) & (fraction > 0)
+        progress, fraction = np.arange(_check_steps(steps)) / steps, _check_fraction(fraction)
+        small = (progress <= fraction + _TOLERANCE) & (fraction > 0)
         return cls.from_list(1 - small.astype(int), 2)
 
     def reversed(self) -> Plan:
@@ -229,7 +240,7 @@ class Plan:
         Raises:
             ValueError: If there are not so many, or none.
         """
-        if not 1 <= count <= self.steps:
+        if not _is_whole(count) or not 1 <= count <= self.steps:
             raise ValueError(f"the last steps must be 1 to {self.steps}, got {count}")
         return Plan(self.networks[-count:], self.num_networks)
 
@@ -245,6 +256,8 @@ class Plan:
 
     def describe(self, names: Sequence[str] | None = None) -> str:
         """The runs in words, ``"small x 40, large x 60"``; networks by number without names."""
+        if names is not None and len(names) != self.num_networks:
+            raise ValueError(f"{self.num_networks} networks need as many names, got {names!r:.80}")
         return ", ".join(f"{names[k] if names else k} x {n}" for k, n in self.runs())
 
     def cost(self, per_step: Sequence[float | int] | np.ndarray) -> float:
@@ -256,9 +269,7 @@ class Plan:
         >>> Plan.from_counts([40, 60]).cost([1.0, 10.0])
         640.0
         """
-        if len(per_step) != self.num_networks:
-            raise ValueError(f"{self.num_networks} networks need as many costs, got {per_step}")
-        return float(np.dot(self.counts(), per_step))
+        return float(np.dot(self.counts(), self._costs(per_step)))
 
     def speedup(self, per_step: Sequence[float | int] | np.ndarray) -> float:
         """How many times cheaper than the dearest network alone.
@@ -269,9 +280,20 @@ class Plan:
         >>> Plan.from_counts([40, 60]).speedup([1.0, 10.0])
         1.5625
         """
-        if not np.min(per_step) > 0:
+        costs = self._costs(per_step)
+        if not costs.min() > 0:
             raise ValueError(f"costs must be above 0, got {per_step}")
-        return self.steps * float(np.max(per_step)) / self.cost(per_step)
+        return self.steps * float(costs.max()) / self.cost(costs)
+
+    def _costs(self, per_step: Sequence[float | int] | np.ndarray) -> np.ndarray:
+        array = np.asarray(per_step)
+        numbers = array.dtype.kind in "iuf" and np.isfinite(array).all()
+        if array.shape != (self.num_networks,) or not numbers:
+            raise ValueError(
+                f"{self.num_networks} networks need as many costs, finite numbers, "
+                f"got {per_step!r:.80}"
+            )
+        return array.astype(np.float64)
 
     def to_json(self) -> str:
         """The plan as one line of JSON, which ``from_json`` reads.
@@ -290,11 +312,11 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"a plan is JSON such as {_EXAMPLE}, but {error}") from None
         number, runs = (data.get(k) for k in ("num_networks", "runs")) if _is_plan(data) else (0, 0)
         if not _is_whole(number) or not isinstance(runs, list) or not all(map(_is_run, runs)):
-            raise ValueError(f"a plan is JSON such as {_EXAMPLE}, got {text:.80}")
+            raise ValueError(f"a plan is JSON such as {_EXAMPLE}, got {text!r:.80}")
         steps = sum(run[1] for run in runs)
         if steps > _MOST_STEPS:
             raise ValueError(f"a plan has at most {_MOST_STEPS} steps, got {steps}")
@@ -302,12 +324,18 @@ class Plan:
         return cls.from_list(networks.astype(np.int64), number)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the JSON to a file, whole or not at all."""
+        """Writes the JSON to a file, whole or not at all.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         file = Path(path)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
             temporary.write_text(self.to_json() + "\n")
             os.replace(temporary, file)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {file}: {error.strerror}") from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -320,8 +348,8 @@ class Plan:
         """
         try:
             return cls.from_json(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, ValueError) as error:
-            raise ValueError(f"cannot read the plan {os.fspath(path)}: {error}") from None
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"cannot read the plan {path}: {error}") from None
 
 
 _EXAMPLE = '{"num_networks": 2, "runs": [[0, 40], [1, 60]]}'
@@ -333,7 +361,9 @@ def _is_plan(data: object) -> bool:
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        return False
+    return 0 <= int(value) < 2**31
 
 
 def _is_run(run: object) -> bool:
@@ -342,20 +372,36 @@ def _is_run(run: object) -> bool:
 
 def _places(knots: Knots, schedule: Schedule) -> tuple[np.ndarray, int]:
     """The place of each step's time among the training times, 0 to T-1, and T."""
-    count = schedule.num_train_steps
-    return np.interp(np.asarray(knots.time[:-1]), schedule.times, np.arange(count)), count
+    if not isinstance(knots, Knots) or not isinstance(schedule, Schedule):
+        raise ValueError(
+            "a plan by progress needs the knots and the schedule that they were made from, "
+            f"got {type(knots).__name__} and {type(schedule).__name__}"
+        )
+    time, count = np.asarray(knots.time[:-1], np.float64), schedule.num_train_steps
+    if time.max() > schedule.times[-1] + _TOLERANCE:
+        raise ValueError(
+            f"the knots start at time {time.max():g}, but the schedule {schedule.name!r} ends at "
+            f"{schedule.times[-1]:g}; give the one that they were made from"
+        )
+    return np.interp(time, schedule.times, np.arange(count)), count
 
 
 def _check_steps(steps: int) -> int:
-    if not isinstance(steps, int | np.integer) or steps < 1:
+    if not _is_whole(steps) or steps < 1:
         raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
     return int(steps)
 
 
 def _check_fraction(fraction: float) -> float:
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"the first network's fraction must lie between 0 and 1, got {fraction}")
-    return fraction
+    try:
+        number = float(fraction)
+    except (TypeError, ValueError):
+        number = np.nan
+    if isinstance(fraction, str) or not 0 <= number <= 1:
+        raise ValueError(
+            f"the first network's fraction must lie between 0 and 1, got {fraction!r:.80}"
+        )
+    return number
 
 
 def _check_bounds(what: str, bounds: Sequence[float | int] | np.ndarray, sign: int) -> np.ndarray:
@@ -377,6 +423,8 @@ def check_fractions(
         ValueError: Unless there are ``num_networks`` of them, at least 0, summing to 1.
     """
     try:
+        if isinstance(fractions, str):
+            raise TypeError
         fractions = [float(f) for f in fractions]
     except (TypeError, ValueError):
         raise ValueError(f"fractions must be a list of numbers, got {fractions!r}") from None

@@ -118,7 +118,8 @@ def at_equal_snr(denoiser: Denoiser, own: Knots) -> Denoiser:
     Where :math:`\alpha / \sigma = \alpha' / \sigma'`, the states of the two processes are the same
     up to scale (Kingma et al. 2021, arXiv:2107.00630, section 5.1): the denoiser is asked at its
     own time and at :math:`x' = x \sqrt{(\alpha'^2 + \sigma'^2) / (\alpha^2 + \sigma^2)}`, and what
-    it says of x0 and eps holds as it is.
+    it says of x0 and eps holds as it is. Where its process has no such ratio, it is asked at the
+    nearest end (see ``match_snr``), and says what holds there.
 
     Args:
         denoiser: The denoiser.

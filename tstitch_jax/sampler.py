@@ -136,8 +136,8 @@ def iterate(
 ) -> Iterator[Step]:
     """The same integration step by step from the host: for previews, progress bars, breaking off.
 
-    The step is compiled once, and again for another denoiser or solver (as objects). Takes what
-    ``run`` takes and raises as it does; an iterator over the N steps.
+    The step is compiled once, and again for another denoiser or solver (as objects) or number of
+    steps. Takes what ``run`` takes and raises as it does; an iterator over the N steps.
 
     >>> from tstitch_jax.schedules import make_knots, make_schedule
     >>> from tstitch_jax.solvers import ddim

@@ -55,6 +55,8 @@ def make_schedule(name: str, num_train_steps: int = 1000, zero_snr: bool = False
     >>> round(float(make_schedule("linear").alpha[0] ** 2), 6)
     0.9999
     """
+    if isinstance(num_train_steps, bool) or not isinstance(num_train_steps, int | np.integer):
+        raise ValueError(f"num_train_steps must be a whole number, got {num_train_steps!r}")
     if num_train_steps < 21:
         raise ValueError(f"num_train_steps must be at least 21, got {num_train_steps}")
     if name == "flow":
@@ -203,7 +205,7 @@ def _times_at(schedule: Schedule, alpha: np.ndarray, sigma: np.ndarray) -> np.nd
 
 def _given_times(schedule: Schedule, times: np.ndarray) -> np.ndarray:
     """A list of times from a user."""
-    if times.ndim != 1 or not times.size or times.dtype.kind not in "iuf":
+    if not times.size or times.dtype.kind not in "iuf":
         raise ValueError(f"times must be a list of numbers, got {times!r:.80}")
     times = times.astype(np.float64)
     last = 1 if schedule.name == "flow" else schedule.num_train_steps - 1
@@ -214,11 +216,15 @@ def _given_times(schedule: Schedule, times: np.ndarray) -> np.ndarray:
             f"times of the schedule {schedule.name!r} must be {bounds}, "
             f"got {times.min():g} to {times.max():g}"
         )
-    rising = np.flatnonzero(np.diff(times.astype(np.float32)) >= 0)
+    # As float32, which is what is sampled with, not only the times but the levels must differ.
+    levels = np.stack(_levels_at(schedule, times)).astype(np.float32)
+    same = (np.diff(levels) == 0).all(axis=0)
+    rising = np.flatnonzero((np.diff(times.astype(np.float32)) >= 0) | same)
     if rising.size:
         i = int(rising[0])
         raise ValueError(
-            f"times must fall, from noise to data, but {times[i]:g} is followed by {times[i + 1]:g}"
+            "times must fall, from noise to data, by enough to tell in float32, but "
+            f"{times[i]:.9g} is followed by {times[i + 1]:.9g}"
         )
     return times
 
@@ -270,6 +276,8 @@ def make_knots(
         raise unknown("spacing", spacing, SPACINGS)
     total, flow = schedule.num_train_steps, schedule.name == "flow"
     if not isinstance(steps, int | str | np.integer):
+        if not isinstance(steps, Sequence | np.ndarray) or np.ndim(np.asarray(steps)) != 1:
+            raise ValueError(f"steps must be a whole number or a list of times, got {steps!r:.80}")
         if spacing != "respaced":
             raise ValueError(f"give a list of times or the spacing {spacing!r}, not both")
         times = _given_times(schedule, np.asarray(steps))
@@ -287,6 +295,11 @@ def make_knots(
         return _grid(np.append(times, 0), np.append(1 / norm, 1), np.append(level / norm, 0))
     elif spacing != "respaced":
         places = _PLACES[spacing](total, _count(steps, spacing, total))
+        if places[0] > total - 1:
+            raise ValueError(
+                f"spacing {spacing!r} of {steps} steps starts at time {places[0]:g}, "
+                f"after the last of the {total} training times"
+            )
         times = (places + 1) / total if flow else places.astype(np.float64)
     elif flow and str(steps).strip().isdecimal():
         times = np.linspace(1, 0, _count(steps, spacing, total) + 1)[:-1]
@@ -324,7 +337,7 @@ def last_steps(knots: Knots, count: int) -> Knots:
     Raises:
         ValueError: If there are not so many, or none.
     """
-    if not 1 <= count <= knots.steps:
+    if not isinstance(count, int | np.integer) or not 1 <= count <= knots.steps:
         raise ValueError(f"the last steps must be 1 to {knots.steps}, got {count}")
     tail = slice(-count - 1, None)
     return _grid(*(np.asarray(leaf)[tail] for leaf in (knots.time, knots.alpha, knots.sigma)))

@@ -20,8 +20,9 @@ def _unbatched(network: jax.Array) -> jax.Array:
 @_unbatched.def_vmap
 def _refuse(axis_size, in_batched, network):  # pyright: ignore[reportUnusedFunction]
     raise ValueError(
-        f"a plan cannot be mapped by vmap (axis of {axis_size}): the switch would run every "
-        "network at every step. Call the jitted sampler once per plan; it does not compile again."
+        "a plan (or a guidance scale per step, which is one) cannot be mapped by vmap (axis of "
+        f"{axis_size}): the switch would run every network at every step. Call the jitted sampler "
+        "once for each; it does not compile again."
     )
 
 

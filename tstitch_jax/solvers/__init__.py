@@ -48,7 +48,7 @@ def make_solver(name: str, *, eta: float | jax.Array | None = None) -> Solver:
     Raises:
         ValueError: If the name is unknown, or eta is given to a solver that has none.
     """
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise unknown("solver", name, SOLVERS)
     if name in ("ddim", "euler_ancestral"):
         return SOLVERS[name]() if eta is None else SOLVERS[name](eta)

@@ -3,21 +3,64 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.types import Knots, Prediction, State
+from tstitch_jax.types import Knots, Prediction, Solver, State
 
 F = TypeVar("F", bound=Callable)
 
 
 def cached(make: F) -> F:
-    """Equal arguments give the same solver, which jit then knows again."""
-    return functools.cache(make)  # pyright: ignore[reportReturnType]
+    """Equal arguments, however given, give the same solver, which jit then knows again."""
+    signature, kept = inspect.signature(make), functools.lru_cache(256, typed=True)(make)
+
+    @functools.wraps(make)
+    def find(*arguments: Any, **options: Any) -> Solver:
+        bound = signature.bind(*arguments, **options)
+        bound.apply_defaults()
+        try:
+            return kept(*bound.args, **bound.kwargs)
+        except TypeError as error:
+            if "unhashable" not in str(error):
+                raise
+            raise ValueError(f"{make.__name__} cannot take {bound.arguments}") from None
+
+    return find  # pyright: ignore[reportReturnType]
+
+
+def check_order(name: str, order: int, known: Sequence[int]) -> None:
+    """Raises ValueError unless ``order`` is one of the whole numbers ``known``."""
+    if type(order) is not int or order not in known:
+        *most, last = known
+        raise ValueError(f"{name} has order {', '.join(map(str, most))} or {last}, got {order!r}")
+
+
+def number(name: str, value: Any, low: float | int, high: float | int = math.inf) -> float:
+    """A finite number from ``low`` to ``high``.
+
+    Raises:
+        ValueError: If the value is not one.
+    """
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        result = math.nan
+    if not low <= result <= high or result == math.inf:
+        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {bounds}, got {value!r:.80}")
+    return result
+
+
+def root(value: jax.Array) -> jax.Array:
+    """The square root of what is not negative, whose derivative at 0 is 0 instead of infinite."""
+    positive = value > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, value, 1)), 0)
 
 
 def no_state(x: jax.Array) -> State:

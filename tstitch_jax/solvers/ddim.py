@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tstitch_jax.solvers.common import cached, no_state
+from tstitch_jax.solvers.common import cached, no_state, number, root
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 
-def ddim(eta: float | jax.Array = 0.0) -> Solver:
+def ddim(eta: float | np.floating | jax.Array = 0.0) -> Solver:
     r"""DDIM, equation 12 of the paper, in the form that needs only alpha and sigma.
 
     .. math::
@@ -21,15 +22,15 @@ def ddim(eta: float | jax.Array = 0.0) -> Solver:
             solver that takes no noise at all; a traced value always takes noise.
 
     Raises:
-        ValueError: If a Python number is outside [0, 1].
+        ValueError: If eta is no number from 0 to 1; a JAX array is not looked at.
     """
-    if isinstance(eta, int | float) and not 0 <= eta <= 1:
-        raise ValueError(f"eta must be between 0 and 1, got {eta}")
-    return _numbered(eta) if isinstance(eta, int | float) else _ddim(eta)
+    if isinstance(eta, jax.Array):  # traced, most often
+        return _ddim(eta)
+    return _numbered(number("eta", eta, 0, 1))
 
 
 def _ddim(eta: float | jax.Array) -> Solver:
-    stochastic = not (isinstance(eta, int | float) and eta == 0)
+    stochastic = isinstance(eta, jax.Array) or eta != 0
 
     def step(
         denoise: Denoise,
@@ -45,9 +46,9 @@ def _ddim(eta: float | jax.Array) -> Solver:
         assert noise is not None, "ddim with eta > 0 is stochastic"
         ratio = knot.alpha / next_knot.alpha
         share = jnp.square(ratio * next_knot.sigma / knot.sigma)  # of noise that stays, in [0, 1]
-        std = eta * next_knot.sigma * jnp.sqrt(jnp.maximum(1 - share, 0))
+        std = eta * next_knot.sigma * root(1 - share)
         # sqrt(sigma_s^2 - std^2), as a sum of terms that cannot cancel below 0
-        eps = next_knot.sigma * jnp.sqrt((1 - eta**2) + eta**2 * share)
+        eps = next_knot.sigma * root((1 - eta**2) + eta**2 * share)
         return next_knot.alpha * prediction.x0 + eps * prediction.eps + std * noise, state
 
     return Solver(no_state, step, stochastic, name="ddim")

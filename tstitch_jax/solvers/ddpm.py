@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tstitch_jax.schedules import unknown
-from tstitch_jax.solvers.common import cached, no_state
+from tstitch_jax.solvers.common import cached, no_state, root
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 VARIANCES = ("auto", "learned", "small", "large")
@@ -66,7 +66,7 @@ def ddpm(variance: str = "auto") -> Solver:
             low, high = (jnp.log(jnp.maximum(v, 1e-30)) for v in (small, large))
             std = jnp.exp((low + prediction.variance * (high - low)) / 2)
         else:
-            std = jnp.sqrt(small if use == "small" else large)
+            std = root(small if use == "small" else large)
         std = jnp.where(new > 0, std, 0.0)
 
         mean = next_knot.alpha * beta / old * prediction.x0 + ratio * new / old * x

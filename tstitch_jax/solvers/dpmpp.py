@@ -5,7 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.solvers.common import cached, combine, half_log_snr, no_state, order_here, phi
+from tstitch_jax.solvers.common import (
+    cached,
+    check_order,
+    combine,
+    half_log_snr,
+    no_state,
+    order_here,
+    phi,
+    root,
+)
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 _SHORT = 15
@@ -40,8 +49,7 @@ def dpmpp(order: int = 2, exact: bool = False) -> Solver:
     Raises:
         ValueError: If the order is none of these, or is not 3 and is to be exact.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"dpmpp has order 1, 2 or 3, got {order}")
+    check_order("dpmpp", order, (1, 2, 3))
     if exact and order != 3:
         raise ValueError(f"exact is a form of order 3, got order {order}")
     memory = order - 1
@@ -99,8 +107,7 @@ def dpmpp_sde(order: int = 2) -> Solver:
     Raises:
         ValueError: If the order is none of these.
     """
-    if order not in (1, 2):
-        raise ValueError(f"dpmpp_sde has order 1 or 2, got {order}")
+    check_order("dpmpp_sde", order, (1, 2))
 
     def init(x: jax.Array) -> State:
         return (jnp.zeros_like(x), jnp.ones((), x.dtype)) if order == 2 else no_state(x)
@@ -123,6 +130,6 @@ def dpmpp_sde(order: int = 2) -> Solver:
             state = (x0, h)
         fresh = -jnp.expm1(-2 * h)  # the share of the variance that is drawn anew
         x = next_knot.sigma / knot.sigma * jnp.exp(-h) * x + next_knot.alpha * fresh * wanted
-        return x + next_knot.sigma * jnp.sqrt(fresh) * noise, state
+        return x + next_knot.sigma * root(fresh) * noise, state
 
     return Solver(init, step, stochastic=True, name="dpmpp_sde")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 
 from tstitch_jax.solvers.ddim import ddim
 from tstitch_jax.types import Solver
@@ -22,7 +23,7 @@ def euler() -> Solver:
     return ddim()
 
 
-def euler_ancestral(eta: float | jax.Array = 1.0) -> Solver:
+def euler_ancestral(eta: float | np.floating | jax.Array = 1.0) -> Solver:
     r"""Euler's method to a lower noise level, and noise back up to the next one.
 
     In Karras' coordinates (as in k-diffusion and diffusers' ``EulerAncestralDiscreteScheduler``):
@@ -32,6 +33,6 @@ def euler_ancestral(eta: float | jax.Array = 1.0) -> Solver:
     :math:`\alpha_s` that is DDIM with this eta; so this is ``ddim(eta)``, 1 by default.
 
     Raises:
-        ValueError: If eta is a Python number outside [0, 1].
+        ValueError: As ``ddim``.
     """
     return ddim(eta)

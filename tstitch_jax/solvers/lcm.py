@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.solvers.common import cached, no_state
+from tstitch_jax.solvers.common import cached, no_state, number
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 
@@ -25,7 +25,14 @@ def lcm(sigma_data: float = 0.5, time_scale: float = 10.0) -> Solver:
     Args:
         sigma_data: :math:`\sigma_d`.
         time_scale: k; t is the network's time, 0 to T-1.
+
+    Raises:
+        ValueError: If one of them is not a positive number.
     """
+    sigma_data, time_scale = (
+        number("sigma_data", sigma_data, 1e-9),
+        number("time_scale", time_scale, 1e-9),
+    )
 
     def step(
         denoise: Denoise,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tstitch_jax.schedules import unknown
-from tstitch_jax.solvers.common import cached, no_state
+from tstitch_jax.solvers.common import cached, no_state, number, root
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 DIFFUSIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -46,8 +46,7 @@ def sde(diffusion: str = "sigma", scale: float = 1.0) -> Solver:
     """
     if diffusion not in DIFFUSIONS:
         raise unknown("diffusion", diffusion, DIFFUSIONS)
-    if not scale >= 0:
-        raise ValueError(f"the scale of the diffusion must be at least 0, got {scale}")
+    scale = number("the scale of the diffusion", scale, 0)
 
     def step(
         denoise: Denoise,
@@ -64,7 +63,7 @@ def sde(diffusion: str = "sigma", scale: float = 1.0) -> Solver:
         length = tau - next_knot.sigma / next_total
         strength = jnp.where(next_knot.sigma > 0, scale * DIFFUSIONS[diffusion](tau), 0)
         drift = prediction.eps - prediction.x0 + strength / tau * prediction.eps
-        y = x / total - length * drift + jnp.sqrt(2 * strength * length) * noise
+        y = x / total - length * drift + root(2 * strength * length) * noise
         return next_total * y, state
 
     return Solver(no_state, step, stochastic=True, name="sde")

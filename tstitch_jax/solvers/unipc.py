@@ -7,7 +7,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.solvers.common import cached, combine, half_log_snr, order_here, phi
+from tstitch_jax.solvers.common import (
+    cached,
+    check_order,
+    combine,
+    half_log_snr,
+    order_here,
+    phi,
+)
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 
@@ -74,8 +81,7 @@ def unipc(order: int = 2) -> Solver:
     Raises:
         ValueError: If the order is none of these.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"unipc has order 1, 2 or 3, got {order}")
+    check_order("unipc", order, (1, 2, 3))
 
     def init(x: jax.Array) -> State:
         one = jnp.ones((), x.dtype)
