@@ -72,7 +72,7 @@ def steps() -> None:
         return lambda: run(params, x, keys)
 
     runs = {name: compiled(solver) for name, solver in solvers.items()}
-    for name, (seconds, ratio) in interleaved(runs, repeats=15).items():
+    for name, (seconds, ratio) in interleaved(runs, repeats=9).items():
         print(f"{name}: {seconds / STEPS * 1e3:.1f} ms a step, {ratio:.3f} of ddim")
 
 

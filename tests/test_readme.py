@@ -45,6 +45,8 @@ def test_python(public_networks):
 
 def test_the_guide(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    small = ts.load("fashion-s")  # for both, as it compiles quickly
+    monkeypatch.setattr(ts, "load", lambda name: small)
     names = {}
     with jax.numpy_dtype_promotion("standard"):
         for block in blocks("python", GUIDE):
