@@ -98,7 +98,8 @@ def cfg(
             published DiT sampler guides 3 of 4); None guides all.
         rescale: How far, 0 to 1, the deviation of the guided v goes back to that of the
             conditional one, against over-exposure (Lin et al. 2024, arXiv:2305.08891, equations 14
-            to 16, phi). The paper's networks predict v; here v is formed of any target.
+            to 16, phi), over the guided channels. The paper's networks predict v; here v is formed
+            of any target.
 
     Returns:
         A denoiser whose variance, if any, is the conditional one.

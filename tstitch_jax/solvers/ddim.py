@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.solvers.common import cached, no_state, number, root
+from tstitch_jax.solvers.common import cached, euler_step, no_state, number, root
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 
@@ -42,7 +42,7 @@ def _ddim(eta: float | jax.Array) -> Solver:
     ) -> tuple[jax.Array, State]:
         prediction = denoise(x, knot)
         if not stochastic:
-            return next_knot.alpha * prediction.x0 + next_knot.sigma * prediction.eps, state
+            return euler_step(prediction, next_knot), state
         assert noise is not None, "ddim with eta > 0 is stochastic"
         ratio = knot.alpha / next_knot.alpha
         share = jnp.square(ratio * next_knot.sigma / knot.sigma)  # of noise that stays, in [0, 1]
