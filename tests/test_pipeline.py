@@ -384,6 +384,7 @@ BAD = [
     (dict(auto_scale=float("inf")), "auto_scale must be a finite number, got inf"),
     (dict(start=np.zeros((2, 8, 8, 4))), "start and strength go together"),
     (dict(strength=0.5), "start and strength go together"),
+    (dict(start=np.zeros((2, 8, 8, 4), np.uint8), strength=0.5), "start must be floats, images in"),
     (dict(start=np.zeros((2, 8, 8, 3)), strength=0.5), r"start must be \(2, 8, 8, 4\), one image"),
     (dict(start=np.zeros((2, 8, 8, 4)), strength=0.0), "above 0, at most 1, got 0"),
     (dict(start=np.full((2, 8, 8, 4), np.nan), strength=0.5), "start holds numbers that are not"),

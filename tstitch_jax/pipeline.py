@@ -345,6 +345,8 @@ def _check_start(
     if encoder is not None:
         factor = encoder.factor
         shape = (shape[0], shape[1] * factor, shape[2] * factor, encoder.card.image_shape[2])
+    if np.asarray(start).dtype.kind in "iu":
+        raise ValueError("start must be floats, images in [-1, 1], got whole numbers (of pixels?)")
     start = _images("start", start, shape, "one image per label")
     return start, max(1, int(steps * strength + 1e-6))
 
@@ -576,8 +578,9 @@ def sample(
         noise: x_T, float32 ``[B, H, W, C]``, instead of noise drawn from the key.
         start: Images to start from, float32 ``[B, H, W, C]``: they are brought to the noise level
             where the last ``strength`` of the steps begins, and the plan switches where it would
-            on the whole way. With an autoencoder images in [-1, 1], encoded; else as the network
-            denoises them.
+            on the whole way. Images in [-1, 1], encoded where there is an autoencoder; latents
+            with ``decode=False``. The noise comes from the key: to change an image that was drawn
+            from a key, take another.
         strength: Share of the steps that ``start`` goes through, above 0, at most 1.
         autoencoder: What decodes the latents of latent networks, in the same executable; see
             ``card.autoencoder`` for the one that a network was trained with.
@@ -591,7 +594,7 @@ def sample(
     Returns:
         float32 ``[B, H, W, C]``, of the latents' shape if they are not decoded; with
         ``return_trajectory`` or ``return_predictions`` a tuple of it and those, each
-        ``[N, B, H, W, C]``.
+        ``[N, B, H, W, C]``, N being the steps that ``strength`` leaves.
 
     Raises:
         ValueError: If any argument is not as said, or the networks do not fit together; before
