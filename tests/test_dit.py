@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from helpers import random_params, relative, tiny_card
 
-from tstitch_jax.checkpoint import module_of
-from tstitch_jax.networks import SIZES, count_macs, count_params, dit, init_params, param_shapes
+from tstitch_jax.checkpoint import make_network, module_of
+from tstitch_jax.networks import (
+    SIZES,
+    compute_dtypes,
+    count_macs,
+    count_params,
+    dit,
+    init_params,
+    param_shapes,
+)
+from tstitch_jax.schedules import make_knots
 
 # Parameters in millions and Gflops at 256 px: Peebles & Xie 2022, tables 1 and 4 and appendix B.
 PUBLISHED = {
@@ -82,6 +91,36 @@ def test_patches_lie_where_they_came_from():
     expected = np.zeros((8, 8), bool)
     expected[4:6, 2:4] = True
     np.testing.assert_array_equal(touched, expected)
+
+
+def test_weights_are_held_in_the_compute_dtype(standard_promotion):
+    card = tiny_card()
+    params = random_params(card)
+    network = make_network(card, params, jnp.bfloat16)
+    names = {jax.tree_util.keystr(k, simple=True, separator="/"): str(v.dtype)
+             for k, v in jax.tree_util.tree_leaves_with_path(network.params)}  # fmt: skip
+    inside = ("block_", "patch_in")
+    assert {n for n, d in names.items() if d == "bfloat16"} == {
+        n for n in names if n.startswith(inside)
+    }
+    # The same bits as if they were cast in every pass.
+    knot = jax.tree.map(lambda v: jnp.asarray(v[3]), make_knots(network.schedule, 10))
+    arguments = images(8, 8, 4), knot, jnp.array([0, 10])
+    whole = network.denoiser(params, *arguments)
+    np.testing.assert_array_equal(network.denoiser(network.params, *arguments).eps, whole.eps)
+    # and the card is that of the parameters as they were given
+    assert network.card.checksum == make_network(card, params).card.checksum
+
+
+def test_most_of_the_largest_is_held_in_bfloat16(standard_promotion):
+    module = dit.DiT(
+        **SIZES["dit-xl-2"], image_shape=(32, 32, 4), num_classes=1000, dtype=jnp.bfloat16
+    )
+    shapes = param_shapes(module)
+    dtypes = compute_dtypes(module, shapes)
+    half = [s.size for s, d in zip(*map(jax.tree.leaves, (shapes, dtypes)), strict=True)
+            if d == jnp.bfloat16]  # fmt: skip
+    assert sum(half) > 0.99 * count_params(shapes)
 
 
 def test_bfloat16_is_close_and_returns_float32():

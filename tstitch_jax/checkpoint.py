@@ -29,7 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.networks import ARCHITECTURES, count_macs, count_params, param_shapes
+from tstitch_jax.networks import (
+    ARCHITECTURES,
+    compute_dtypes,
+    count_macs,
+    count_params,
+    param_shapes,
+)
 from tstitch_jax.networks.autoencoder import in_chunks
 from tstitch_jax.prediction import as_denoiser, check_target
 from tstitch_jax.schedules import make_schedule, unknown
@@ -149,13 +155,19 @@ def complete(card: C, module: Any, params: Params) -> C:
     )
 
 
+def _cast(module: Any, params: Params) -> Params:
+    """What the module casts in every pass anyway is cast once: the same numbers in less memory."""
+    return jax.tree.map(jnp.asarray, params, compute_dtypes(module, params))
+
+
 def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Network:
     """A network of its card and parameters; fills in the card's sizes and checksum.
 
     Args:
         card: What the network is.
         params: Its parameters, a nested dict of float arrays.
-        dtype: What it computes in, float32 or bfloat16.
+        dtype: What it computes in, float32 or bfloat16. The network then holds the parameters that
+            are only used so in that dtype, the others in float32.
 
     Raises:
         ValueError: If card and parameters do not fit; lists every missing, extra and misshapen one.
@@ -165,7 +177,7 @@ def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Networ
     check_params(module, params)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     denoiser = _denoiser(module, card.target, card.learned_variance)
-    return Network(denoiser, params, complete(card, module, params), schedule)
+    return Network(denoiser, _cast(module, params), complete(card, module, params), schedule)
 
 
 @functools.cache
@@ -219,6 +231,7 @@ def make_autoencoder(
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     encode, decode = _coders(module, card.scaling_factor)
     card = complete(card, module, params)
+    params = _cast(module, params)
     return Autoencoder(encode, decode, params, card, module.factor, module.latent_channels)
 
 
@@ -366,7 +379,8 @@ def save(
         path: The folder.
         network: What to write.
         dtype: What the parameters are stored in; ``np.float16`` halves the size, and the folder
-            then holds the rounded network with that network's own checksum.
+            then holds the rounded network with that network's own checksum. So does that of a
+            network that was loaded to compute in bfloat16.
 
     Raises:
         ValueError: If there is something else in that place.
@@ -456,7 +470,7 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
 
     Args:
         folder: The folder.
-        dtype: What the network computes in, float32 or bfloat16; its parameters are float32.
+        dtype: What the network computes in, float32 or bfloat16; see ``make_network``.
 
     Returns:
         A ``Network``, or an ``Autoencoder`` where the folder holds one.

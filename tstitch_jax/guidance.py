@@ -84,7 +84,8 @@ def cfg(
 
     :math:`\hat\epsilon = \epsilon_\varnothing + s (\epsilon_c - \epsilon_\varnothing)`, and the
     same of x0, which is the same guidance, since at one x and time each is linear in the other.
-    The conditional and the unconditional half run as one batch of 2 B.
+    The conditional and the unconditional half run as one batch of 2 B, an image's two rows side by
+    side, so that a batch that is spread over devices stays where it is.
 
     Args:
         denoiser: The denoiser to guide.
@@ -115,10 +116,14 @@ def cfg(
 
         def pair(given: jax.Array, nothing: ArrayLike) -> jax.Array:
             nothing = jnp.broadcast_to(jnp.asarray(nothing, given.dtype), given.shape)
-            return jnp.concatenate([given, nothing])
+            both = jnp.stack([given, nothing], axis=1)
+            return both.reshape(-1, *given.shape[1:])
 
-        both = denoiser(params, jnp.concatenate([x, x]), knot, jax.tree.map(pair, cond, null))
-        given, nothing = (jax.tree.map(lambda v, h=h: jnp.split(v, 2)[h], both) for h in (0, 1))
+        def half(both: jax.Array, which: int) -> jax.Array:
+            return both.reshape(-1, 2, *both.shape[1:])[:, which]
+
+        both = denoiser(params, pair(x, x), knot, jax.tree.map(pair, cond, null))
+        given, nothing = (jax.tree.map(lambda v, h=h: half(v, h), both) for h in (0, 1))
         result = _push(nothing, given, s, chosen)
         return _rescale(result, given, rescale, x, knot, chosen) if rescale else result
 

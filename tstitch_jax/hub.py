@@ -434,7 +434,7 @@ def load(name: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
     Args:
         name: An embedded name such as ``"fashion-s"``, a public name such as ``"dit-xl-2-256"``
             (downloaded and converted the first time), or the path of a network folder.
-        dtype: What the network computes in, float32 or bfloat16; its parameters are float32.
+        dtype: What the network computes in, float32 or bfloat16; see ``make_network``.
 
     Returns:
         A ``Network``, or an ``Autoencoder`` where the name is of one.

@@ -62,3 +62,36 @@ def count_macs(function: Callable[..., Any], *arguments: Any) -> int:
         return total
 
     return count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def compute_dtypes(module: Any, params: Params) -> Params:
+    """In what dtype each parameter may be held, so that the module's numbers stay the same.
+
+    That is the module's compute dtype where the parameter is only ever cast to it, else the
+    parameter's own. Nothing is computed; the parameters may be shapes.
+    """
+
+    def only_cast(variable: Any, jaxpr: Any) -> bool:
+        used = False
+        for equation in jaxpr.eqns:
+            for position, operand in enumerate(equation.invars):
+                if operand is not variable:
+                    continue
+                inner = getattr(equation.params.get("jaxpr"), "jaxpr", None)
+                if equation.primitive.name == "convert_element_type":
+                    if equation.params["new_dtype"] != module.dtype:
+                        return False
+                elif inner is None or not only_cast(inner.invars[position], inner):
+                    return False
+                used = True
+        return used and all(variable is not out for out in jaxpr.outvars)
+
+    leaves, tree = jax.tree.flatten(params)
+    jaxpr = jax.make_jaxpr(lambda p, *x: module.apply({"params": p}, *x))(
+        params, *module.inputs()
+    ).jaxpr
+    dtypes = [
+        jnp.dtype(module.dtype) if only_cast(variable, jaxpr) else leaf.dtype
+        for variable, leaf in zip(jaxpr.invars, leaves, strict=False)
+    ]
+    return jax.tree.unflatten(tree, dtypes)
