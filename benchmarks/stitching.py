@@ -9,7 +9,6 @@ Each prints ratios of things measured in one run, interleaved; the figures are m
 
 from __future__ import annotations
 
-import functools
 import resource
 import sys
 import time
@@ -17,10 +16,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 
 import tstitch_jax as ts
 from tstitch_jax import pipeline
-from tstitch_jax.networks import SIZES, dit, init_params
 
 
 def steps() -> None:
@@ -40,9 +39,9 @@ def steps() -> None:
     times = {name: [] for name in plans}
     for _ in range(repeats):
         for name, plan in plans.items():
-            dynamic = request(plan).dynamic
+            inputs = request(plan).inputs
             start = time.perf_counter()
-            jax.block_until_ready(execute(*dynamic))
+            jax.block_until_ready(execute(inputs))
             times[name].append(time.perf_counter() - start)
     median = {name: float(np.median(t[1:])) for name, t in times.items()}
     per_step = [median[1.0] / count, median[0.0] / count]
@@ -54,48 +53,19 @@ def steps() -> None:
               f"{median[name] / plan.cost(per_step):.3f}")  # fmt: skip
 
 
-@functools.cache
-def published_pair():
-    """DiT-S/2 and DiT-XL/2 at 256 px as modules and denoisers."""
-    modules = [
-        dit.DiT(**SIZES[name], image_shape=(32, 32, 4), num_classes=1000)
-        for name in ("dit-s-2", "dit-xl-2")
-    ]
-
-    def denoiser(module):
-        return ts.as_denoiser(
-            lambda params, x, t, y: module.apply({"params": params}, x, t, y), "eps", True
-        )
-
-    return modules, tuple(denoiser(module) for module in modules)
-
-
-def lowered(params, count: int, images: int = 1):
-    """The sampler of the published pair, and the arguments of one call."""
-    _, denoisers = published_pair()
-    schedule = ts.make_schedule("linear")
-    knots = ts.make_knots(schedule, count)
-    plan = ts.Plan.from_fractions([0.4, 0.6], knots, schedule)
-    scale = np.float32(1.5)
-    given = pipeline.Given(params, plan, (scale, scale), None, (None, None))
-    labels = (np.zeros(images, np.int32),) * 2
-    arguments = (jax.random.key(0), given, knots, labels, None, None, None, None)
-    static = dict(
-        denoiser=pipeline._assemble(denoisers, (1000, 1000), (3, 3), 0.0), solver=ts.ddim(),
-        shape=(32, 32, 4), encoder=None, decoder=None, clip=False, return_trajectory=False,
-        return_predictions=False,
-    )  # fmt: skip
-    return pipeline._sample.lower(*arguments, **static), arguments
+def published_pair(count: int, leaf=lambda shape: shape) -> pipeline.Sampling:
+    """DiT-S/2 and DiT-XL/2 at 256 px, one guided image, asked for latents."""
+    networks = [published.make(published.dit(name), leaf=leaf) for name in ("dit-s-2", "dit-xl-2")]
+    return pipeline.prepare(
+        jax.random.key(0), networks, labels=[0], fractions=[0.4, 0.6], steps=count, decode=False
+    )
 
 
 def compile_time() -> None:
-    modules, _ = published_pair()
-    shapes = tuple(
-        jax.eval_shape(functools.partial(init_params, m), jax.random.key(0)) for m in modules
-    )
     for count in (100, 10, 50, 250, 1000):
+        request = published_pair(count)
         start = time.perf_counter()
-        program, _ = lowered(shapes, count)
+        program = request.lower()
         middle = time.perf_counter()
         memory = program.compile().memory_analysis()
         print(
@@ -108,22 +78,15 @@ def compile_time() -> None:
 
 
 def memory() -> None:
-    modules, _ = published_pair()
-
-    def zeros(module):
-        shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
-        # Written once, so that every page is really there.
-        return jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)
-
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     before = peak()
-    params = tuple(zeros(module) for module in modules)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    # Written once, so that every page is really there.
+    request = published_pair(4, lambda s: jnp.full(s.shape, 0.01, s.dtype))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(request.inputs.given.params))
     loaded = peak()
-    program, arguments = lowered(params, 4)
-    jax.block_until_ready(program.compile()(*arguments))
+    jax.block_until_ready(request.compile()(request.inputs))
     print(
         f"parameters {size / 1e9:.2f} GB; peak over them: before {before / size:.2f}, "
         f"with parameters {loaded / size:.2f}, after compiling and sampling {peak() / size:.2f} "

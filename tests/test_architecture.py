@@ -25,11 +25,13 @@ RANKS = {
     "checkpoint": 3,
     "sampler": 4,
     "checkpoints_convert": 4,
-    "hub": 5,
-    "training": 5,
-    "pipeline": 5,
-    "__init__": 6,
-    "cli": 7,
+    "checks": 4,
+    "parallel": 5,
+    "hub": 6,
+    "training": 6,
+    "pipeline": 6,
+    "__init__": 7,
+    "cli": 8,
 }
 CORE = {"types", "schedules", "prediction", "plan", "guidance", "solvers", "stitch", "sampler"}
 CORE_MAY_IMPORT = {"jax", "numpy", "jaxtyping"}

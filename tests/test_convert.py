@@ -133,7 +133,7 @@ def test_odd_images_are_refused(autoencoder):
 def test_half_precision_keeps_near(autoencoder, tmp_path, standard_promotion):
     ts.save(tmp_path / "vae", autoencoder)
     half = ts.load(tmp_path / "vae", jnp.bfloat16)
-    same_params(half, autoencoder)
+    assert half.card.checksum == autoencoder.card.checksum
     latents = 0.5 * jnp.asarray(EXPECTED["vae/mean"])
     decoded = half.decode(half.params, latents)
     assert decoded.dtype == jnp.float32

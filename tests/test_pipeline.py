@@ -1,18 +1,15 @@
 """The short way: what it returns, and every error before anything is compiled."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from helpers import random_params, relative, tiny_network
+from helpers import random_params, relative, tiny_card, tiny_network
 
 import tstitch_jax as ts
 from tstitch_jax import checkpoint, pipeline
-from tstitch_jax.networks import SIZES, dit, param_shapes
-from tstitch_jax.networks.autoencoder import KLAutoencoder
+from tstitch_jax.networks import SIZES, param_shapes
 
 KEY = jax.random.key(0)
 
@@ -92,33 +89,35 @@ def test_latents_are_decoded_in_the_same_executable(pair, autoencoder):
     sampling = pipeline.prepare(
         KEY, pair, labels=[1, 2], fractions=[0.5, 0.5], steps=4, autoencoder=autoencoder
     )
-    np.testing.assert_allclose(sampling.compile()(*sampling.dynamic), images, atol=1e-5)
+    np.testing.assert_allclose(sampling.compile()(sampling.inputs), images, atol=1e-5)
     # Given, but not wanted.
     same = request(pair, autoencoder=autoencoder)
     np.testing.assert_array_equal(same, latents)
 
 
+def shapes(card, dtype=jnp.float32):
+    make = ts.make_network if isinstance(card, ts.Card) else ts.make_autoencoder
+    return make(card, param_shapes(checkpoint.module_of(card)), dtype)
+
+
 @pytest.mark.parametrize("side", [32, 64])
-def test_full_size_networks_by_shape(pair, autoencoder, side):
-    """DiT-S/2, DiT-XL/2 and Stable Diffusion's autoencoder in the place of the small ones."""
-    sampling = pipeline.prepare(
-        KEY, pair, labels=[1, 2], fractions=[0.5, 0.5], steps=4, autoencoder=autoencoder
-    )
-    modules = [
-        dit.DiT(**SIZES[f"dit-{size}-2"], image_shape=(side, side, 4), num_classes=1000)
-        for size in ("s", "xl")
+def test_full_size_networks_by_shape(side):
+    """DiT-S/2, DiT-XL/2 and Stable Diffusion's autoencoder."""
+    networks = [
+        shapes(tiny_card(name, image_shape=(side, side, 4), num_classes=1000, config=SIZES[name]))
+        for name in ("dit-s-2", "dit-xl-2")
     ]
-    coder = KLAutoencoder((128, 256, 512, 512), 2, 4, (256, 256, 3))
-    dynamic = list(sampling.dynamic)
-    dynamic[1] = sampling.dynamic[1]._replace(params=tuple(param_shapes(m) for m in modules))
-    dynamic[-1] = param_shapes(coder)
-    denoisers = tuple(checkpoint._denoiser(module, "eps", True) for module in modules)
-    static = sampling.static | dict(
-        denoiser=pipeline._assemble(denoisers, (1000, 1000), (3, 3), 0.0),
-        shape=(side, side, 4),
-        decoder=checkpoint._coders(coder, 0.18215)[1],
+    assert networks[1].card.num_params + 256 * 1152 == 675_129_632
+    assert not networks[1].card.checksum
+    coder = ts.AutoencoderCard(
+        name="sd-vae", architecture="autoencoder", image_shape=(256, 256, 3),
+        config={"widths": [128, 256, 512, 512], "layers": 2, "latent_channels": 4},
+        scaling_factor=0.18215,
+    )  # fmt: skip
+    request = pipeline.prepare(
+        KEY, networks, labels=[1, 2], fractions=[0.5, 0.5], steps=4, autoencoder=shapes(coder)
     )
-    images = jax.eval_shape(functools.partial(pipeline._sample, **static), *dynamic)
+    images = jax.eval_shape(request.function, request.inputs)
     assert images.shape == (2, 8 * side, 8 * side, 3)
     assert images.dtype == jnp.float32
 

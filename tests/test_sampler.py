@@ -7,7 +7,6 @@ import pytest
 from helpers import gaussian_denoiser, relative, tiny_network
 
 import tstitch_jax as ts
-from tstitch_jax.pipeline import _sample
 
 SHAPE = (8, 8, 4)
 
@@ -66,7 +65,7 @@ def test_one_scan_with_one_cond(solver, networks):
         solver=solver,
         decode=False,
     )
-    jaxpr = jax.make_jaxpr(lambda *a: _sample.__wrapped__(*a, **request.static))(*request.dynamic)
+    jaxpr = jax.make_jaxpr(request.function)(request.inputs)
     assert count_eqns(jaxpr.jaxpr, "scan") == 1
     assert count_eqns(jaxpr.jaxpr, "cond") == 1
     assert count_eqns(jaxpr.jaxpr, "while") == 0

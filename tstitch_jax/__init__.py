@@ -3,6 +3,7 @@
 from tstitch_jax.checkpoint import make_autoencoder, make_network, save
 from tstitch_jax.guidance import autoguide, cfg, guidance_interval
 from tstitch_jax.hub import load
+from tstitch_jax.parallel import make_mesh, shard
 from tstitch_jax.pipeline import sample
 from tstitch_jax.plan import Plan
 from tstitch_jax.prediction import as_denoiser, at_equal_snr, with_cond, without_variance
@@ -81,6 +82,7 @@ __all__ = [
     "load",
     "make_autoencoder",
     "make_knots",
+    "make_mesh",
     "make_network",
     "make_schedule",
     "make_solver",
@@ -91,6 +93,7 @@ __all__ = [
     "sample",
     "save",
     "sde",
+    "shard",
     "stitch",
     "unipc",
     "with_cond",

@@ -148,16 +148,49 @@ def check_params(module: Any, params: Params) -> None:
 
 
 def complete(card: C, module: Any, params: Params) -> C:
-    """The card with the number of parameters, the multiply-adds and the checksum filled in."""
+    """The card with the number of parameters, the multiply-adds and the checksum filled in.
+
+    Of parameters that are shapes there is no checksum.
+    """
     macs = count_macs(lambda p, *x: module.apply({"params": p}, *x), params, *module.inputs())
-    return dataclasses.replace(
-        card, num_params=count_params(params), macs=macs, checksum=checksum(params)
-    )
+    shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+    found = "" if shapes else checksum(params)
+    return dataclasses.replace(card, num_params=count_params(params), macs=macs, checksum=found)
 
 
-def _cast(module: Any, params: Params) -> Params:
-    """What the module casts in every pass anyway is cast once: the same numbers in less memory."""
-    return jax.tree.map(jnp.asarray, params, compute_dtypes(module, params))
+def _cast(leaf: Any, dtype: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+    return leaf.astype(dtype) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf, dtype)
+
+
+def _on_device(params: Params) -> Params:
+    shape = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, shape) else jnp.asarray(leaf), params)
+
+
+def _fit(card: C, params: Params, dtype: Any) -> tuple[Any, Params, C]:
+    """The module of a card, its parameters as it holds them, and the card completed."""
+    module = module_of(card, dtype)
+    check_params(module, params)
+    params = jax.tree.map(lambda leaf: _cast(leaf, jnp.float32), params)
+    card = complete(card, module, params)
+    # What the module casts in every pass anyway is cast once: the same numbers in less memory.
+    return module, jax.tree.map(_cast, params, compute_dtypes(module, params)), card
+
+
+def _network(card: Card, params: Params, dtype: Any) -> Network:
+    schedule = check_card(card)
+    module, params, card = _fit(card, params, dtype)
+    return Network(_denoiser(module, card.target, card.learned_variance), params, card, schedule)
+
+
+def _autoencoder(card: AutoencoderCard, params: Params, dtype: Any) -> Autoencoder:
+    if not card.scaling_factor > 0:
+        raise ValueError(f"scaling_factor must be positive, got {card.scaling_factor}")
+    module, params, card = _fit(card, params, dtype)
+    coders = _coders(module, card.scaling_factor)
+    return Autoencoder(*coders, params, card, module.factor, module.latent_channels)
 
 
 def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Network:
@@ -165,19 +198,15 @@ def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Networ
 
     Args:
         card: What the network is.
-        params: Its parameters, a nested dict of float arrays.
+        params: Its parameters, a nested dict of float arrays; or their shapes
+            (``jax.ShapeDtypeStruct``), to compile for a network that is not there.
         dtype: What it computes in, float32 or bfloat16. The network then holds the parameters that
             are only used so in that dtype, the others in float32.
 
     Raises:
         ValueError: If card and parameters do not fit; lists every missing, extra and misshapen one.
     """
-    schedule = check_card(card)
-    module = module_of(card, dtype)
-    check_params(module, params)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    denoiser = _denoiser(module, card.target, card.learned_variance)
-    return Network(denoiser, _cast(module, params), complete(card, module, params), schedule)
+    return _network(card, _on_device(params), dtype)
 
 
 @functools.cache
@@ -224,15 +253,7 @@ def make_autoencoder(
     card: AutoencoderCard, params: Params, dtype: Any = jnp.float32
 ) -> Autoencoder:
     """An autoencoder of its card and parameters, as ``make_network`` makes a network."""
-    if not card.scaling_factor > 0:
-        raise ValueError(f"scaling_factor must be positive, got {card.scaling_factor}")
-    module = module_of(card, dtype)
-    check_params(module, params)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    encode, decode = _coders(module, card.scaling_factor)
-    card = complete(card, module, params)
-    params = _cast(module, params)
-    return Autoencoder(encode, decode, params, card, module.factor, module.latent_channels)
+    return _autoencoder(card, _on_device(params), dtype)
 
 
 def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
@@ -465,12 +486,13 @@ def _lean_malloc() -> Iterator[None]:
         mallopt(trim_threshold, 2**26)
 
 
-def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
+def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32, *, on_host: bool = False) -> Any:
     """Loads a network folder onto the default device.
 
     Args:
         folder: The folder.
         dtype: What the network computes in, float32 or bfloat16; see ``make_network``.
+        on_host: Whether to leave the parameters on the host, as NumPy arrays.
 
     Returns:
         A ``Network``, or an ``Autoencoder`` where the folder holds one.
@@ -495,7 +517,11 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler))
         with _lean_malloc(), _no_echo(), checkpointer:
             place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            argument = ocp.ArrayRestoreArgs(sharding=place, dtype=np.dtype(np.float32))
+            wanted: dict[str, Any] = dict(dtype=np.dtype(np.float32))
+            if on_host:
+                argument = ocp.RestoreArgs(restore_type=np.ndarray, **wanted)
+            else:
+                argument = ocp.ArrayRestoreArgs(sharding=place, **wanted)
             params = checkpointer.restore(
                 stored, restore_args=jax.tree.map(lambda _: argument, names)
             )
@@ -503,7 +529,7 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"network folder {path} is damaged: {first[:200]}") from error
     try:
-        make: Any = make_network if isinstance(card, Card) else make_autoencoder
+        make: Any = _network if isinstance(card, Card) else _autoencoder
         network = make(card, params, dtype)
     except Exception as error:  # numbers that no network can have fail in many places
         raise ValueError(f"network folder {path} is damaged: {error}") from error

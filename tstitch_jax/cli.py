@@ -144,11 +144,11 @@ def sample_command(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     import tstitch_jax as ts
-    from tstitch_jax import pictures, pipeline
+    from tstitch_jax import checks, pictures, pipeline
 
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[arguments.dtype]
     networks = [ts.load(name, dtype) for name in arguments.networks]
-    pipeline.check_networks(networks)
+    checks.check_networks(networks)
     card = networks[-1].card
     wanted = arguments.autoencoder or card.autoencoder
     try:
@@ -204,7 +204,7 @@ def sample_command(arguments: argparse.Namespace) -> None:
         for repeat in range(REPEATS + 1):
             for i, sampling in enumerate(timed):
                 start = time.perf_counter()
-                result = jax.block_until_ready(execute(*sampling.dynamic))
+                result = jax.block_until_ready(execute(sampling.inputs))
                 if repeat:  # the first round warms up
                     times[i].append(time.perf_counter() - start)
                 images[i] = np.asarray(result)

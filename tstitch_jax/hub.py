@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from tstitch_jax import checkpoint
+from tstitch_jax import checkpoint, parallel
 from tstitch_jax.schedules import unknown
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -428,13 +429,16 @@ def find(name: str | os.PathLike[str]) -> Path:
     raise unknown("network", name, [*embedded_names(), *PUBLIC])
 
 
-def load(name: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
-    """Loads a network onto the default device.
+def load(
+    name: str | os.PathLike[str], dtype: Any = jnp.float32, *, mesh: Mesh | None = None
+) -> Any:
+    """Loads a network onto the default device, or onto a mesh of them.
 
     Args:
         name: An embedded name such as ``"fashion-s"``, a public name such as ``"dit-xl-2-256"``
             (downloaded and converted the first time), or the path of a network folder.
         dtype: What the network computes in, float32 or bfloat16; see ``make_network``.
+        mesh: From ``ts.make_mesh``; see ``ts.shard``. No device then holds more than its part.
 
     Returns:
         A ``Network``, or an ``Autoencoder`` where the name is of one.
@@ -443,4 +447,6 @@ def load(name: str | os.PathLike[str], dtype: Any = jnp.float32) -> Any:
         ValueError: If there is no such network, it cannot be downloaded, or its folder is damaged.
         OSError: If the disk is full.
     """
-    return checkpoint.load(find(name), dtype)
+    if mesh is None:
+        return checkpoint.load(find(name), dtype)
+    return parallel.shard(checkpoint.load(find(name), dtype, on_host=True), mesh)

@@ -11,8 +11,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
 
+from tstitch_jax import parallel
+from tstitch_jax.checks import (
+    check_autoencoder,
+    check_images,
+    check_key,
+    check_labels,
+    check_networks,
+    check_number,
+    check_scales,
+    check_start,
+    is_list,
+    shown,
+)
 from tstitch_jax.guidance import autoguide, cfg, guidance_interval
 from tstitch_jax.plan import Plan, check_fractions
 from tstitch_jax.prediction import at_equal_snr, with_cond, without_variance
@@ -22,7 +36,6 @@ from tstitch_jax.solvers import make_solver
 from tstitch_jax.stitch import stitch
 from tstitch_jax.types import (
     Autoencoder,
-    Card,
     Cond,
     Denoiser,
     Key,
@@ -83,53 +96,95 @@ def _assemble(
     return denoiser
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "encoder"))
-def _begin(key, knots, labels, noise, start, coder_params, *, shape, encoder):
+class Inputs(NamedTuple):
+    """The compiled function's traced arguments.
+
+    Attributes:
+        key: The key of all images.
+        given: The denoiser's parameters.
+        knots: The sampling grid.
+        indices: int32 ``[B]``, the number of each image, by which its noise is drawn.
+        labels: int32 ``[B]`` for each network.
+        eta, noise, start: As ``sample`` takes them, or None.
+        coder_params: The autoencoder's parameters, or None.
+    """
+
+    key: Key
+    given: Given
+    knots: Knots
+    indices: Any
+    labels: tuple[Any, ...]
+    eta: Any
+    noise: Any
+    start: Any
+    coder_params: Any
+
+
+def _coder(function: Callable[..., jax.Array], mesh: Mesh | None) -> Callable[..., jax.Array]:
+    """An encoder or decoder, which works in pieces of the batch: of each device's own."""
+    return function if mesh is None else parallel.each_device(function, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "encoder", "mesh"))
+def _begin(inputs, *, shape, encoder, mesh):
     """The keys of the images, and the state at the first point."""
-    keys = image_keys(key, jnp.arange(labels[0].shape[0]))
+    keys, noise, start = image_keys(inputs.key, inputs.indices), inputs.noise, inputs.start
     if noise is None:
         noise = draw_noise(keys, 0, shape)
     if start is None:
         return keys, noise
     if encoder is not None:
-        start = encoder(coder_params, start)
-    return keys, jnp.asarray(knots.alpha)[0] * start + jnp.asarray(knots.sigma)[0] * noise
+        start = _coder(encoder, mesh)(inputs.coder_params, start)
+    alpha, sigma = (jnp.asarray(v)[0] for v in (inputs.knots.alpha, inputs.knots.sigma))
+    return keys, alpha * start + sigma * noise
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "clip"))
-def _finish(x, coder_params, *, decoder, clip):
+@functools.partial(jax.jit, static_argnames=("decoder", "finish", "mesh"))
+def _finish(x, coder_params, *, decoder, finish, mesh):
     """Images out of the last state."""
     if decoder is not None:
-        x = decoder(coder_params, x)
-    return jnp.clip(x, -1, 1) if clip else x
+        x = _coder(decoder, mesh)(coder_params, x)
+    return x if finish is None else finish(x)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "denoiser", "solver", "shape", "encoder", "decoder", "clip", "return_trajectory",
-        "return_predictions",
-    ),
-)  # fmt: skip
-def _sample(
-    key, given, knots, labels, eta, noise, start, coder_params,
-    *, denoiser, solver, shape, encoder, decoder, clip, return_trajectory, return_predictions,
+def to_images(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Clipped to [-1, 1]."""
+    return jnp.clip(x, -1, 1)
+
+
+def to_pixels(x: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
+    """Images in [-1, 1] as pixels, rounded, so that little has to leave the device."""
+    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def _draw(
+    inputs, *, denoiser, solver, shape, encoder, decoder, finish, mesh, return_trajectory,
+    return_predictions,
 ):  # fmt: skip
-    keys, x = _begin(key, knots, labels, noise, start, coder_params, shape=shape, encoder=encoder)
+    keys, x = _begin(inputs, shape=shape, encoder=encoder, mesh=mesh)
     result = run(
         denoiser,
-        _solver(solver, eta),
-        knots,
+        _solver(solver, inputs.eta),
+        inputs.knots,
         x,
-        params=given,
-        cond=labels,
+        params=inputs.given,
+        cond=inputs.labels,
         keys=keys,
         return_trajectory=return_trajectory,
         return_predictions=return_predictions,
     )
     x, *kept = result if isinstance(result, tuple) else (result,)
-    x = _finish(x, coder_params, decoder=decoder, clip=clip)
+    x = _finish(x, inputs.coder_params, decoder=decoder, finish=finish, mesh=mesh)
     return (x, *kept) if kept else x
+
+
+_sample = jax.jit(
+    _draw,
+    static_argnames=(
+        "denoiser", "solver", "shape", "encoder", "decoder", "finish", "mesh",
+        "return_trajectory", "return_predictions",
+    ),
+)  # fmt: skip
 
 
 def _solver(solver: str | Solver, eta: Any) -> Solver:
@@ -138,217 +193,91 @@ def _solver(solver: str | Solver, eta: Any) -> Solver:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """A checked request: the one compiled function's dynamic and static arguments.
+    """A checked request: the one compiled function's traced and static arguments.
 
     Requests that differ in key, labels, plan, scales, guidance interval, eta, noise or start share
     an executable.
+
+    Attributes:
+        inputs: The traced ones; on a mesh, of as many images as its devices divide.
+        static: The others.
+        batch: How many images were asked for.
     """
 
-    dynamic: tuple[Any, ...]
+    inputs: Inputs
     static: dict[str, Any]
+    batch: int
 
     @property
     def plan(self) -> Plan:
         """The resolved plan."""
-        return self.dynamic[1].plan
+        return self.inputs.given.plan
+
+    def of_images(self, indices: np.ndarray, labels: np.ndarray) -> Inputs:
+        """The same request's inputs for as many other images: int32 ``[B]`` each."""
+        mesh, params = self.static["mesh"], self.inputs.given.params
+        placed = [_place(mesh, v.astype(np.int32), params) for v in (indices, labels)]
+        return self.inputs._replace(
+            indices=placed[0], labels=(placed[1],) * len(self.inputs.labels)
+        )
 
     def run(self, callback: Callable[[Step], object] | None = None) -> Any:
         """Samples, compiling where nothing alike has run before.
 
         With a callback the same steps are taken one by one from the host, and it sees each.
         """
+        inputs, static = self.inputs, self.static
+
+        def wanted(x: jax.Array) -> jax.Array:
+            """Without what fills a mesh."""
+            return x if len(x) == self.batch else x[: self.batch]
+
         if callback is None:
-            return _sample(*self.dynamic, **self.static)
-        key, given, knots, labels, eta, noise, start, coder_params = self.dynamic
-        static = self.static
-        chosen = {name: static[name] for name in ("shape", "encoder")}
-        keys, x = _begin(key, knots, labels, noise, start, coder_params, **chosen)
-        solver = _solver(static["solver"], None if eta is None else float(eta))
+            result = _sample(inputs, **static)
+            if isinstance(result, tuple):
+                return wanted(result[0]), *(jax.vmap(wanted)(kept) for kept in result[1:])
+            return wanted(result)
+        chosen = {name: static[name] for name in ("shape", "encoder", "mesh")}
+        keys, x = _begin(inputs, **chosen)
+        solver = _solver(static["solver"], None if inputs.eta is None else float(inputs.eta))
+        steps = iterate(
+            static["denoiser"], solver, inputs.knots, x,
+            params=inputs.given, cond=inputs.labels, keys=keys,
+        )  # fmt: skip
         kept = []
-        steps = iterate(static["denoiser"], solver, knots, x, params=given, cond=labels, keys=keys)
         for step in steps:
             x = step.x
+            step = Step(step.index, wanted(step.x), wanted(step.x0))
             callback(step)
-            wanted = ((x, "return_trajectory"), (step.x0, "return_predictions"))
-            kept.append([value for value, name in wanted if static[name]])
-        chosen = {name: static[name] for name in ("decoder", "clip")}
-        x = _finish(x, coder_params, **chosen)
+            asked = ((step.x, "return_trajectory"), (step.x0, "return_predictions"))
+            kept.append([value for value, name in asked if static[name]])
+        chosen = {name: static[name] for name in ("decoder", "finish", "mesh")}
+        x = wanted(_finish(x, inputs.coder_params, **chosen))
         return (x, *map(jnp.stack, zip(*kept, strict=True))) if kept[0] else x
 
     def compile(self) -> Callable[..., Any]:
-        """The executable, to be called with the ``dynamic`` of this or a like request."""
-        return _sample.lower(*self.dynamic, **self.static).compile()
+        """The executable, to be called with the ``inputs`` of this or a like request."""
+        return self.lower().compile()
+
+    def lower(self) -> jax.stages.Lowered:
+        """The traced program; the networks' parameters may be shapes."""
+        return _sample.lower(self.inputs, **self.static)
+
+    @property
+    def function(self) -> Callable[[Inputs], Any]:
+        """The pure function of ``inputs`` that is compiled."""
+        return functools.partial(_draw, **self.static)
 
 
-def check_networks(networks: Sequence[Network]) -> None:
-    """Raises ValueError unless the networks can share one trajectory; says which two clash."""
-    for each in networks if isinstance(networks, Sequence) else ():
-        if isinstance(each, Autoencoder):
-            raise ValueError(
-                f"{each.card.name} is an autoencoder, not a denoiser; give it as the autoencoder"
-            )
-    if not isinstance(networks, Sequence) or not all(isinstance(n, Network) for n in networks):
-        raise ValueError(f"networks must be a list of what ts.load returns, got {networks!r:.80}")
-    if not networks:
-        raise ValueError("give at least one network")
-    first = networks[0].card
-    for other in (network.card for network in networks[1:]):
-        for what, a, b in (
-            ("image shape", first.image_shape, other.image_shape),
-            ("autoencoder", first.autoencoder, other.autoencoder),
-        ):
-            if a != b and not (what == "autoencoder" and "" in (a, b)):
-                raise ValueError(
-                    f"{first.name} and {other.name} cannot be stitched: "
-                    f"their {what} differs, {a} and {b}"
-                )
-
-
-def _check_labels(labels: Any, cards: Sequence[Card]) -> tuple[np.ndarray, ...]:
-    """Labels for each network, from one list for all or one list for each."""
-    if not _is_list(labels) or not len(labels) or not _is_list(labels[0]):
-        for card in cards:
-            if card.num_classes != cards[0].num_classes:
-                raise ValueError(
-                    f"{cards[0].name} and {card.name} cannot share labels: their number of classes "
-                    f"differs, {cards[0].num_classes} and {card.num_classes}; give a list of "
-                    "labels for each network"
-                )
-        labels = [labels] * len(cards)
-    if len(labels) != len(cards):
-        raise ValueError(f"{len(cards)} networks need as many lists of labels, got {len(labels)}")
-    checked = []
-    for own, card in zip(labels, cards, strict=True):
-        try:
-            array = np.asarray(own)
-        except ValueError:  # ragged
-            array = np.empty(0)
-        if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(
-                f"labels must be a list of whole numbers, one an image, got {_shown(own)}"
-            )
-        if array.min() < 0 or array.max() >= card.num_classes:
-            wrong = [int(v) for v in array if not 0 <= v < card.num_classes]
-            raise ValueError(
-                f"labels must be 0 to {card.num_classes - 1}, got {', '.join(map(str, wrong[:5]))}"
-            )
-        if checked and len(array) != len(checked[0]):
-            raise ValueError(
-                f"every network needs labels for the same images, got {len(checked[0])} "
-                f"and {len(array)}"
-            )
-        checked.append(array.astype(np.int32))
-    return tuple(checked)
-
-
-def check_autoencoder(network: Network, autoencoder: Autoencoder | None) -> None:
-    """Raises ValueError unless what the network makes can be turned into images."""
-    card = network.card
-    if autoencoder is not None and not isinstance(autoencoder, Autoencoder):
-        name = autoencoder.card.name if isinstance(autoencoder, Network) else repr(autoencoder)
-        raise ValueError(f"{name:.80} is no autoencoder; give one, as ts.load returns it")
-    if autoencoder is None:
-        if card.autoencoder or card.image_shape[2] not in (1, 3):
-            name = card.autoencoder or "sd-vae-ft-ema"
-            raise ValueError(
-                f"{card.name} makes latents of {card.image_shape[2]} channels, not images; "
-                f"give autoencoder=ts.load({name!r}), or decode=False for the latents"
-            )
-    elif autoencoder.channels != card.image_shape[2]:
-        raise ValueError(
-            f"{card.name} makes {card.image_shape[2]} channels, the autoencoder "
-            f"{autoencoder.card.name} takes latents of {autoencoder.channels}"
-        )
-
-
-def _shown(value: Any) -> str:
-    """A value in an error message: one line, not too long."""
-    return " ".join(repr(value).split())[:80]
-
-
-def _images(name: str, value: Any, shape: tuple[int, ...], what: str) -> jax.Array:
-    """A float32 array of that shape without NaN."""
-    try:
-        array = np.asarray(value)
-        if array.dtype.kind not in "iuf" and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be an array of numbers {shape}, {what}") from None
-    if array.shape != shape:
-        raise ValueError(f"{name} must be {shape}, {what}, got {array.shape}")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds numbers that are not finite")
-    return jnp.asarray(array)
-
-
-def _check_key(key: Any) -> None:
-    """Raises ValueError unless it is one key, typed or of the older kind."""
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    older = isinstance(key, jax.Array) and (key.shape, key.dtype) == ((2,), jnp.uint32)
-    if not older and not (typed and key.ndim == 0):
-        raise ValueError(f"key must be one key from jax.random.key, got {_shown(key)}")
-
-
-def _is_list(value: Any) -> bool:
-    arrays = isinstance(value, np.ndarray | jax.Array) and value.ndim > 0
-    return arrays or (isinstance(value, Sequence) and not isinstance(value, str))
-
-
-def _number(name: str, value: Any, or_none: str = "") -> float:
-    """A finite number that float32 holds."""
-    try:
-        if isinstance(value, str | bool):
-            raise ValueError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number{or_none}, got {_shown(value)}") from None
-    if not abs(number) < float(np.finfo(np.float32).max):
-        raise ValueError(f"{name} must be a finite number{or_none}, got {number}")
-    return number
-
-
-def _check_scales(cfg_scale: Any, networks: int, steps: int) -> list[Any]:
-    """Of each network None, a number, or an array of a number per step."""
-    if _is_list(cfg_scale):
-        if len(cfg_scale) != networks:
-            raise ValueError(
-                f"cfg_scale must be one number or None for all, or a list with one entry for each "
-                f"of the {networks} networks, got {len(cfg_scale)} entries"
-            )
-        scales = list(cfg_scale)
-    else:
-        scales = [cfg_scale] * networks
-    checked = []
-    for scale in scales:
-        if _is_list(scale):
-            if len(scale) != steps:
-                raise ValueError(f"cfg_scale per step needs {steps} numbers, got {len(scale)}")
-            numbers = [_number("cfg_scale", value) for value in scale]
-            checked.append(np.array(numbers, np.float32))
-        else:
-            checked.append(None if scale is None else _number("cfg_scale", scale, " or None"))
-    return checked
-
-
-def _check_start(
-    start: Any, strength: Any, steps: int, shape: tuple[int, ...], encoder: Autoencoder | None
-) -> tuple[Any, int]:
-    """The start as an array, and how many of the last steps it leaves."""
-    if (start is None) != (strength is None):
-        raise ValueError("start and strength go together: an image and how far to change it")
-    if start is None:
-        return None, steps
-    strength = _number("strength", strength)
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must be above 0, at most 1, got {strength:g}")
-    if encoder is not None:
-        factor = encoder.factor
-        shape = (shape[0], shape[1] * factor, shape[2] * factor, encoder.card.image_shape[2])
-    if np.asarray(start).dtype.kind in "iu":
-        raise ValueError("start must be floats, images in [-1, 1], got whole numbers (of pixels?)")
-    start = _images("start", start, shape, "one image per label")
-    return start, max(1, int(steps * strength + 1e-6))
+def _place(mesh: Mesh | None, value: Any, params: Params) -> Any:
+    """What is given by image, on the mesh of the parameters."""
+    if mesh is None or value is None:
+        return value
+    value = parallel.fill(mesh, np.asarray(value))
+    # Of networks that are shapes a program is compiled for devices that need not be here.
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        value = jax.ShapeDtypeStruct(value.shape, value.dtype)
+    return parallel.over_data(mesh, value)
 
 
 def prepare(
@@ -377,14 +306,14 @@ def prepare(
 ) -> Sampling:
     """Checks everything that ``sample`` takes, before anything is compiled; raises as it does."""
     check_networks(networks)
-    _check_key(key)
+    check_key(key)
     cards = [network.card for network in networks]
     card, schedule = cards[-1], networks[-1].schedule
-    checked_labels = _check_labels(labels, cards)
+    checked_labels = check_labels(labels, cards)
     shape = (len(checked_labels[0]), *card.image_shape)
     knots = make_knots(schedule, steps, spacing)
 
-    eta = None if eta is None else _number("eta", eta)
+    eta = None if eta is None else check_number("eta", eta)
     if not isinstance(solver, Solver):
         method = make_solver(solver, eta=eta)  # raises if the two do not go together
     elif eta is not None:
@@ -419,32 +348,31 @@ def prepare(
                     f"{used.name} does not say that it is one (consistency)"
                 )
 
-    scales = _check_scales(cfg_scale, len(networks), knots.steps)
+    scales = check_scales(cfg_scale, len(networks), knots.steps)
     allowed = range(1, card.image_shape[2] + 1)
     if cfg_channels is not None:
         if not isinstance(cfg_channels, int | np.integer) or cfg_channels not in allowed:
-            raise ValueError(
-                f"cfg_channels must be 1 to {len(allowed)}, got {_shown(cfg_channels)}"
-            )
+            raise ValueError(f"cfg_channels must be 1 to {len(allowed)}, got {shown(cfg_channels)}")
         cfg_channels = int(cfg_channels)
-    cfg_rescale = _number("cfg_rescale", cfg_rescale)
+    cfg_rescale = check_number("cfg_rescale", cfg_rescale)
     if not 0 <= cfg_rescale <= 1:
         raise ValueError(f"cfg_rescale must be between 0 and 1, got {cfg_rescale:g}")
     if cfg_rescale and all(scale is None for scale in scales):
         raise ValueError("cfg_rescale rescales guidance, but cfg_scale None guides nowhere")
     if auto_scale is not None:
-        auto_scale = _number("auto_scale", auto_scale)
+        auto_scale = check_number("auto_scale", auto_scale)
         if len(networks) < 2:
             raise ValueError(
                 "auto_scale lets the first network guide the later ones, but there is only one"
             )
 
     if noise is not None:
-        noise = _images("noise", noise, shape, "one per label")
+        noise = check_images("noise", noise, shape, "one per label")
     if decode:
         check_autoencoder(networks[-1], autoencoder)
     coder = autoencoder if decode else None
-    start, left = _check_start(start, strength, knots.steps, shape, coder)
+    mesh = parallel.mesh_of(*networks, coder)
+    start, left = check_start(start, strength, knots.steps, shape, coder)
     if left < knots.steps:
         knots, plan = last_steps(knots, left), plan.last_steps(left)
         scales = [s[-left:] if isinstance(s, np.ndarray) else s for s in scales]
@@ -457,10 +385,10 @@ def prepare(
         if isinstance(scale, np.ndarray):
             raise ValueError(f"give {name} per step or cfg_interval, not both")
         try:
-            low, high = (float(bound) for bound in cfg_interval if _is_list(cfg_interval))
+            low, high = (float(bound) for bound in cfg_interval if is_list(cfg_interval))
         except (TypeError, ValueError):
             raise ValueError(
-                f"cfg_interval must be two noise levels, low and high, got {_shown(cfg_interval)}"
+                f"cfg_interval must be two noise levels, low and high, got {shown(cfg_interval)}"
             ) from None
         return guidance_interval(scale, knots, low, high)
 
@@ -469,11 +397,13 @@ def prepare(
     denoisers: list[Denoiser] = [network.denoiser for network in networks]
     if len({each.learned_variance for each in cards}) > 1:
         denoisers = [_plain(denoiser) for denoiser in denoisers]
+    params = tuple(network.params for network in networks)
+    place = functools.partial(_place, mesh, params=params)
     return Sampling(
-        dynamic=(
+        inputs=Inputs(
             key,
             Given(
-                params=tuple(network.params for network in networks),
+                params=params,
                 plan=plan,
                 scales=tuple(over_steps("cfg_scale", scale) for scale in scales),
                 auto_scale=over_steps("auto_scale", auto_scale),
@@ -483,10 +413,11 @@ def prepare(
                 ),
             ),
             knots,
-            checked_labels,
+            place(np.arange(shape[0], dtype=np.int32)),
+            tuple(place(own) for own in checked_labels),
             None if eta is None else np.float32(eta),
-            noise,
-            start,
+            place(noise),
+            place(start),
             None if coder is None else coder.params,
         ),
         static=dict(
@@ -500,10 +431,12 @@ def prepare(
             shape=card.image_shape,
             encoder=None if coder is None or start is None else _encode_mean(coder.encode),
             decoder=None if coder is None else coder.decode,
-            clip=decode,
+            finish=to_images if decode else None,
+            mesh=mesh,
             return_trajectory=return_trajectory,
             return_predictions=return_predictions,
         ),
+        batch=shape[0],
     )
 
 
@@ -550,6 +483,9 @@ def sample(
     The trajectory runs in the forward process of the last network. One that was trained on another
     (a flow before a variance-preserving one, say) is asked at equal signal-to-noise ratio and at
     its own time (``at_equal_snr``).
+
+    Networks that ``ts.shard`` has put on a mesh of devices sample there, each device its part of
+    the images; any number of images will do.
 
     Args:
         key: A JAX PRNG key.
@@ -601,7 +537,7 @@ def sample(
             anything is compiled.
     """
     if callback is not None and not callable(callback):
-        raise ValueError(f"callback must be a function of a step, got {_shown(callback)}")
+        raise ValueError(f"callback must be a function of a step, got {shown(callback)}")
     return prepare(
         key, networks, labels=labels, fractions=fractions, plan=plan, steps=steps, spacing=spacing,
         solver=solver, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels,

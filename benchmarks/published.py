@@ -1,0 +1,47 @@
+"""The published networks for the benchmarks: as shapes, or with numbers that were never trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import tstitch_jax as ts
+from tstitch_jax.checkpoint import module_of
+from tstitch_jax.networks import SIZES, param_shapes
+
+
+def dit(name: str, size: int = 256) -> ts.Card:
+    """The card of a published DiT, such as ``"dit-xl-2"``, for images of that size."""
+    return ts.Card(
+        name=name,
+        architecture="dit",
+        config=SIZES[name],
+        target="eps",
+        learned_variance=True,
+        schedule={"name": "linear"},
+        image_shape=(size // 8, size // 8, 4),
+        num_classes=1000,
+        guidance_channels=3,
+    )
+
+
+AUTOENCODER = ts.AutoencoderCard(
+    name="sd-vae",
+    architecture="autoencoder",
+    config={"widths": [128, 256, 512, 512], "layers": 2, "latent_channels": 4},
+    image_shape=(256, 256, 3),
+    scaling_factor=0.18215,
+)
+"""Of Stable Diffusion."""
+
+
+def make(
+    card: Any, dtype: Any = jnp.float32, leaf: Callable[[Any], Any] = lambda shape: shape
+) -> Any:
+    """The network or autoencoder of a card, its parameters as ``leaf`` makes them of a shape."""
+    params = jax.tree.map(leaf, param_shapes(module_of(card)))
+    kind = ts.make_network if isinstance(card, ts.Card) else ts.make_autoencoder
+    return kind(card, params, dtype)

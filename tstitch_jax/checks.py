@@ -1,0 +1,183 @@
+"""Checks of what ``sample`` takes: each raises ValueError, before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tstitch_jax.types import Autoencoder, Card, Network
+
+
+def check_networks(networks: Sequence[Network]) -> None:
+    """Raises ValueError unless the networks can share one trajectory; says which two clash."""
+    for each in networks if isinstance(networks, Sequence) else ():
+        if isinstance(each, Autoencoder):
+            raise ValueError(
+                f"{each.card.name} is an autoencoder, not a denoiser; give it as the autoencoder"
+            )
+    if not isinstance(networks, Sequence) or not all(isinstance(n, Network) for n in networks):
+        raise ValueError(f"networks must be a list of what ts.load returns, got {networks!r:.80}")
+    if not networks:
+        raise ValueError("give at least one network")
+    first = networks[0].card
+    for other in (network.card for network in networks[1:]):
+        for what, a, b in (
+            ("image shape", first.image_shape, other.image_shape),
+            ("autoencoder", first.autoencoder, other.autoencoder),
+        ):
+            if a != b and not (what == "autoencoder" and "" in (a, b)):
+                raise ValueError(
+                    f"{first.name} and {other.name} cannot be stitched: "
+                    f"their {what} differs, {a} and {b}"
+                )
+
+
+def check_labels(labels: Any, cards: Sequence[Card]) -> tuple[np.ndarray, ...]:
+    """Labels for each network, from one list for all or one list for each."""
+    if not is_list(labels) or not len(labels) or not is_list(labels[0]):
+        for card in cards:
+            if card.num_classes != cards[0].num_classes:
+                raise ValueError(
+                    f"{cards[0].name} and {card.name} cannot share labels: their number of classes "
+                    f"differs, {cards[0].num_classes} and {card.num_classes}; give a list of "
+                    "labels for each network"
+                )
+        labels = [labels] * len(cards)
+    if len(labels) != len(cards):
+        raise ValueError(f"{len(cards)} networks need as many lists of labels, got {len(labels)}")
+    checked = []
+    for own, card in zip(labels, cards, strict=True):
+        try:
+            array = np.asarray(own)
+        except ValueError:  # ragged
+            array = np.empty(0)
+        if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(
+                f"labels must be a list of whole numbers, one an image, got {shown(own)}"
+            )
+        if array.min() < 0 or array.max() >= card.num_classes:
+            wrong = [int(v) for v in array if not 0 <= v < card.num_classes]
+            raise ValueError(
+                f"labels must be 0 to {card.num_classes - 1}, got {', '.join(map(str, wrong[:5]))}"
+            )
+        if checked and len(array) != len(checked[0]):
+            raise ValueError(
+                f"every network needs labels for the same images, got {len(checked[0])} "
+                f"and {len(array)}"
+            )
+        checked.append(array.astype(np.int32))
+    return tuple(checked)
+
+
+def check_autoencoder(network: Network, autoencoder: Autoencoder | None) -> None:
+    """Raises ValueError unless what the network makes can be turned into images."""
+    card = network.card
+    if autoencoder is not None and not isinstance(autoencoder, Autoencoder):
+        name = autoencoder.card.name if isinstance(autoencoder, Network) else repr(autoencoder)
+        raise ValueError(f"{name:.80} is no autoencoder; give one, as ts.load returns it")
+    if autoencoder is None:
+        if card.autoencoder or card.image_shape[2] not in (1, 3):
+            name = card.autoencoder or "sd-vae-ft-ema"
+            raise ValueError(
+                f"{card.name} makes latents of {card.image_shape[2]} channels, not images; "
+                f"give autoencoder=ts.load({name!r}), or decode=False for the latents"
+            )
+    elif autoencoder.channels != card.image_shape[2]:
+        raise ValueError(
+            f"{card.name} makes {card.image_shape[2]} channels, the autoencoder "
+            f"{autoencoder.card.name} takes latents of {autoencoder.channels}"
+        )
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: one line, not too long."""
+    return " ".join(repr(value).split())[:80]
+
+
+def check_images(name: str, value: Any, shape: tuple[int, ...], what: str) -> jax.Array:
+    """A float32 array of that shape without NaN."""
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an array of numbers {shape}, {what}") from None
+    if array.shape != shape:
+        raise ValueError(f"{name} must be {shape}, {what}, got {array.shape}")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return jnp.asarray(array)
+
+
+def check_key(key: Any) -> None:
+    """Raises ValueError unless it is one key, typed or of the older kind."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    older = isinstance(key, jax.Array) and (key.shape, key.dtype) == ((2,), jnp.uint32)
+    if not older and not (typed and key.ndim == 0):
+        raise ValueError(f"key must be one key from jax.random.key, got {shown(key)}")
+
+
+def is_list(value: Any) -> bool:
+    arrays = isinstance(value, np.ndarray | jax.Array) and value.ndim > 0
+    return arrays or (isinstance(value, Sequence) and not isinstance(value, str))
+
+
+def check_number(name: str, value: Any, or_none: str = "") -> float:
+    """A finite number that float32 holds."""
+    try:
+        if isinstance(value, str | bool):
+            raise ValueError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number{or_none}, got {shown(value)}") from None
+    if not abs(number) < float(np.finfo(np.float32).max):
+        raise ValueError(f"{name} must be a finite number{or_none}, got {number}")
+    return number
+
+
+def check_scales(cfg_scale: Any, networks: int, steps: int) -> list[Any]:
+    """Of each network None, a number, or an array of a number per step."""
+    if is_list(cfg_scale):
+        if len(cfg_scale) != networks:
+            raise ValueError(
+                f"cfg_scale must be one number or None for all, or a list with one entry for each "
+                f"of the {networks} networks, got {len(cfg_scale)} entries"
+            )
+        scales = list(cfg_scale)
+    else:
+        scales = [cfg_scale] * networks
+    checked = []
+    for scale in scales:
+        if is_list(scale):
+            if len(scale) != steps:
+                raise ValueError(f"cfg_scale per step needs {steps} numbers, got {len(scale)}")
+            numbers = [check_number("cfg_scale", value) for value in scale]
+            checked.append(np.array(numbers, np.float32))
+        else:
+            checked.append(None if scale is None else check_number("cfg_scale", scale, " or None"))
+    return checked
+
+
+def check_start(
+    start: Any, strength: Any, steps: int, shape: tuple[int, ...], encoder: Autoencoder | None
+) -> tuple[Any, int]:
+    """The start as an array, and how many of the last steps it leaves."""
+    if (start is None) != (strength is None):
+        raise ValueError("start and strength go together: an image and how far to change it")
+    if start is None:
+        return None, steps
+    strength = check_number("strength", strength)
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0, at most 1, got {strength:g}")
+    if encoder is not None:
+        factor = encoder.factor
+        shape = (shape[0], shape[1] * factor, shape[2] * factor, encoder.card.image_shape[2])
+    if np.asarray(start).dtype.kind in "iu":
+        raise ValueError("start must be floats, images in [-1, 1], got whole numbers (of pixels?)")
+    start = check_images("start", start, shape, "one image per label")
+    return start, max(1, int(steps * strength + 1e-6))
