@@ -33,11 +33,13 @@ setup(
         "safetensors>=0.5",
         "huggingface_hub>=0.30",
         "filelock>=3.12",
+        "flatbuffers>=24.3",  # of jax.export
     ],
     extras_require={
         "train": ["tensorflow-datasets>=4.9.9"],
         "test": [
             "tensorflow-datasets>=4.9.9",
+            "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "beartype>=0.20",
             "hypothesis>=6.100",
             "pytest>=8",

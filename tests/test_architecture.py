@@ -17,6 +17,9 @@ RANKS = {
     "schedules": 1,
     "networks": 1,
     "pictures": 1,
+    "files": 0,
+    "shards": 1,
+    "hosts": 1,
     "prediction": 2,
     "plan": 2,
     "guidance": 4,
@@ -30,8 +33,10 @@ RANKS = {
     "hub": 6,
     "training": 6,
     "pipeline": 6,
-    "__init__": 7,
-    "cli": 8,
+    "generate": 7,
+    "export": 7,
+    "__init__": 8,
+    "cli": 9,
 }
 CORE = {"types", "schedules", "prediction", "plan", "guidance", "solvers", "stitch", "sampler"}
 CORE_MAY_IMPORT = {"jax", "numpy", "jaxtyping"}

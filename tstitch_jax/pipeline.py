@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from tstitch_jax import parallel
 from tstitch_jax.checks import (
@@ -152,9 +152,13 @@ def to_images(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     return jnp.clip(x, -1, 1)
 
 
-def to_pixels(x: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
-    """Images in [-1, 1] as pixels, rounded, so that little has to leave the device."""
-    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+def to_pixels(x: Float[Array, "b h w c"]) -> tuple[UInt8[Array, "b h w c"], Bool[Array, " b"]]:
+    """Images in [-1, 1] as pixels, rounded, so that little has to leave the device.
+
+    And of each image whether it is finite, which pixels cannot say.
+    """
+    pixels = jnp.round((to_images(x) + 1) * 127.5).astype(jnp.uint8)
+    return pixels, jnp.isfinite(x).all(axis=(1, 2, 3))
 
 
 def _draw(

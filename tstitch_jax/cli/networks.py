@@ -1,0 +1,125 @@
+"""``tstitch networks``, ``convert`` and ``train``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tstitch_jax.cli.text import class_labels, count, table
+from tstitch_jax.types import BaseCard, Card
+
+if TYPE_CHECKING:
+    from tstitch_jax.types import Network
+
+
+def networks_command(arguments: argparse.Namespace) -> None:
+    from tstitch_jax import checkpoint, hub
+
+    known: dict[str, BaseCard | hub.Public] = {
+        name: checkpoint.read_card(hub.find(name)) for name in hub.embedded_names()
+    }
+    known |= hub.PUBLIC
+    rows = []
+    for name, card in known.items():
+        where = "here" if isinstance(card, BaseCard) or hub.is_cached(name) else "download"
+        classes = str(getattr(card, "num_classes", 0) or "-")
+        shape = "x".join(map(str, card.image_shape))
+        rows.append(
+            [name, count(card.num_params), count(card.macs), shape, classes, where,
+             card.license, card.source, card.data]
+        )  # fmt: skip
+    header = ["network", "parameters", "FLOPs", "input", "classes", "where", "license", "source",
+              "data"]  # fmt: skip
+    print(table(header, rows))
+    print(
+        "\nFLOPs: multiply-adds of one forward pass of one input, as the DiT paper counts them."
+        "\nWhat is not here is downloaded and converted when it is first used, into "
+        f"{hub.cache_folder()}."
+    )
+
+
+def convert_command(arguments: argparse.Namespace) -> None:
+    from checkpoints_convert import convert
+
+    card = convert(
+        arguments.source,
+        arguments.out,
+        family=arguments.family,
+        num_heads=arguments.num_heads,
+        license=arguments.license,
+        force=arguments.force,
+    )
+    config = ", ".join(f"{k} {v}" for k, v in card.config.items())
+    print(f"{card.architecture}: {config}")
+    if isinstance(card, Card):
+        shape = "x".join(map(str, card.image_shape))
+        print(
+            f"{shape} inputs, {card.num_classes} classes, target {card.target}, schedule "
+            f"{card.schedule['name']}, guidance on {card.guidance_channels or 'all'} channels, "
+            f"latents of {card.autoencoder or 'no autoencoder'}"
+        )
+        if card.config["variant"] == "dit":
+            print("A SiT has the same tensors: if it is one, give --family sit.")
+    print(f"{count(card.num_params)} parameters, SHA-256 {card.source_checksum}\n{arguments.out}")
+
+
+def _load_config(path: str) -> Any:
+    """The ``config`` of a Python file."""
+    from tstitch_jax.training import TrainConfig
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"no configuration at {path}; give a Python file such as those in configs/"
+        )
+    sys.path.insert(0, str(file.parent))  # configurations may share a file beside them
+    try:
+        config = runpy.run_path(path).get("config")
+    except (Exception, SystemExit) as error:  # whatever the user's own file raises
+        raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(file.parent))
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{path} has no TrainConfig named config")
+    return config
+
+
+def _preview(steps: int = 50, rows: int = 4) -> Callable[[Network, Path], None]:
+    """A hook that draws a few images of each class."""
+
+    def preview(network: Network, path: Path) -> None:
+        import jax
+        import numpy as np
+
+        from tstitch_jax import pictures, pipeline
+
+        card = network.card
+        if card.autoencoder or card.image_shape[2] not in (1, 3):
+            return
+        labels = class_labels(None, card)
+        images = pipeline.sample(jax.random.key(0), [network], labels=labels * rows, steps=steps)
+        picture = pictures.grid(
+            np.asarray(images).reshape(rows, len(labels), *card.image_shape),
+            [""] * rows,
+            [card.class_names[k] if card.class_names else str(k) for k in labels],
+            title=f"{card.name}, {path.stem}",
+        )
+        pictures.write_png(picture, path)
+
+    return preview
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    from tstitch_jax.training import train
+
+    config = _load_config(arguments.config)
+    changes = {k: getattr(arguments, k) for k in ("data", "steps") if getattr(arguments, k)}
+    config = dataclasses.replace(config, **changes)
+    out = arguments.out or f"runs/{config.card.name}"
+    network = train(config, out, preview=_preview())
+    print(f"{network.card.name}: {count(network.card.num_params)} parameters in {out}/network")

@@ -1,0 +1,277 @@
+"""``tstitch sample``, ``generate`` and ``export``."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tstitch_jax.cli.text import class_labels, scale, table, whole
+
+if TYPE_CHECKING:
+    from tstitch_jax.types import Network
+
+EMBEDDED_PAIR = ("fashion-s", "fashion-xl")
+DEFAULT_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+REPEATS = 3
+"""Timed runs per row, interleaved; the median is shown."""
+
+
+def add_options(sub: argparse.ArgumentParser, *, fractions: str, plan: str, labels: str) -> None:
+    """The options of everything that samples, with what three of them mean to the command."""
+    sub.add_argument(
+        "--networks",
+        nargs="+",
+        default=list(EMBEDDED_PAIR),
+        metavar="NAME",
+        help="names or folders, first steps first (default: the embedded pair)",
+    )
+    sub.add_argument(
+        "--fractions",
+        nargs="+",
+        type=float,
+        action="append",
+        metavar="F",
+        help=f"each network's share of the steps, summing to 1; {fractions}",
+    )
+    sub.add_argument(
+        "--steps",
+        default="50",
+        metavar="N",
+        help="number of steps, or a spec like ddim50 or 10,10,20 (default: 50)",
+    )
+    sub.add_argument("--plan", action="append", metavar="FILE", help=plan)
+    sub.add_argument("--times", nargs="+", type=float, metavar="T",
+                     help="the falling times themselves, instead of --steps")  # fmt: skip
+    sub.add_argument(
+        "--spacing", default="respaced", metavar="NAME",
+        help="respaced (default), leading, linspace, trailing, karras, exponential, ...",
+    )  # fmt: skip
+    sub.add_argument(
+        "--solver", default="ddim", metavar="NAME",
+        help="ddim (default), ddpm, dpmpp, unipc, euler, heun, pndm, sde, ...",
+    )  # fmt: skip
+    sub.add_argument("--eta", type=float, help="noise of ddim and euler_ancestral, 0 to 1")
+    sub.add_argument(
+        "--cfg-scale",
+        type=scale,
+        default=1.5,
+        metavar="S",
+        help="guidance scale, or none for the conditional half alone (default: 1.5)",
+    )
+    sub.add_argument(
+        "--cfg-channels",
+        type=int,
+        metavar="C",
+        help="guide only the first C channels (default: what the card says)",
+    )
+    sub.add_argument("--cfg-rescale", type=float, default=0.0, metavar="PHI",
+                     help="rescaled guidance, 0 to 1 (default: 0)")  # fmt: skip
+    sub.add_argument(
+        "--cfg-interval", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="guide only at noise levels sigma / alpha between these",
+    )  # fmt: skip
+    sub.add_argument("--auto-scale", type=float, metavar="S",
+                     help="autoguidance of the later networks by the first")  # fmt: skip
+    sub.add_argument(
+        "--labels", nargs="+", metavar="LABEL", help=f"classes by number or name, {labels}"
+    )
+    sub.add_argument(
+        "--autoencoder",
+        metavar="NAME",
+        help="name or folder of what decodes latents (default: what the card says)",
+    )
+    sub.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the noise (default: 0)"
+    )
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what the networks compute in (default: float32)",
+    )
+
+
+def _load(arguments: argparse.Namespace, mesh: Any = None) -> tuple[list[Any], Any]:
+    """The networks and, where they make latents, the autoencoder."""
+    import jax.numpy as jnp
+
+    import tstitch_jax as ts
+    from tstitch_jax.checks import check_networks
+
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[arguments.dtype]
+    networks = [ts.load(name, dtype, mesh=mesh) for name in arguments.networks]
+    check_networks(networks)
+    card = networks[-1].card
+    wanted = arguments.autoencoder or card.autoencoder
+    try:
+        return networks, ts.load(wanted, dtype, mesh=mesh) if wanted else None
+    except (ValueError, OSError) as error:
+        if arguments.autoencoder:
+            raise
+        raise ValueError(
+            f"{card.name} makes latents, and its card names the autoencoder {wanted}; give another "
+            f"with --autoencoder, or mend this: {error}"
+        ) from None
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is passed on as it is."""
+    same = ("spacing", "solver", "eta", "cfg_scale", "cfg_channels", "cfg_rescale", "cfg_interval",
+            "auto_scale")  # fmt: skip
+    options = {name: getattr(arguments, name) for name in same}
+    return options | {"steps": arguments.times or arguments.steps}
+
+
+def _one_plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fractions or the plan, where there can be one only."""
+    from tstitch_jax import Plan
+
+    fractions, plans = arguments.fractions or [], arguments.plan or []
+    if len(fractions) + len(plans) > 1:
+        raise ValueError("give --fractions or --plan once")
+    if plans:
+        return {"plan": Plan.load(plans[0])}
+    return {"fractions": fractions[0]} if fractions else {}
+
+
+def generate_command(arguments: argparse.Namespace) -> None:
+    import jax
+
+    from tstitch_jax.cli.devices import join_hosts
+    from tstitch_jax.generate import generate
+    from tstitch_jax.parallel import make_mesh
+
+    join_hosts(arguments)
+    mesh = make_mesh(arguments.model_devices, jax.local_devices())
+    networks, autoencoder = _load(arguments, mesh)
+    labels = arguments.labels and class_labels(arguments.labels, networks[-1].card)
+    path = generate(
+        arguments.out, networks, num=arguments.num, seed=arguments.seed, labels=labels,
+        batch=arguments.batch, png=arguments.png, autoencoder=autoencoder,
+        **_one_plan(arguments), **_options(arguments),
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        print(f"{arguments.num} images: {path}")
+
+
+def export_command(arguments: argparse.Namespace) -> None:
+    from tstitch_jax.export import export
+
+    networks, autoencoder = _load(arguments)
+    export(
+        arguments.out, networks, labels=class_labels(arguments.labels, networks[-1].card),
+        seed=arguments.seed, platforms=arguments.platforms, autoencoder=autoencoder,
+        **_one_plan(arguments), **_options(arguments),
+    )  # fmt: skip
+    size = Path(arguments.out).stat().st_size
+    print(f"{arguments.out}: {size / 1e6:.1f} MB, for {', '.join(arguments.platforms)}")
+
+
+def _rows(networks: Sequence[Network], arguments: argparse.Namespace) -> list[Any]:
+    """The rows of the picture: a label, and the fractions or the plan of each."""
+    from tstitch_jax import Plan
+
+    def row(fractions: Sequence[float]) -> tuple[str, dict[str, Any]]:
+        # Of two networks the first one's share says it all.
+        shown = fractions[:1] if len(fractions) == 2 else fractions
+        return " ".join(f"{f:g}" for f in shown), dict(fractions=list(fractions))
+
+    rows = [row(fractions) for fractions in arguments.fractions or ()]
+    rows += [(Path(file).stem, dict(plan=Plan.load(file))) for file in arguments.plan or ()]
+    if rows:
+        return rows
+    if len(networks) == 1:
+        return [row([1.0])]
+    if len(networks) == 2:
+        return [row([f, 1 - f]) for f in DEFAULT_FRACTIONS]
+    raise ValueError(f"give --fractions or --plan for the {len(networks)} networks")
+
+
+def sample_command(arguments: argparse.Namespace) -> None:
+    import jax
+    import numpy as np
+    from tqdm import tqdm
+
+    from tstitch_jax import pictures, pipeline
+
+    networks, autoencoder = _load(arguments)
+    card = networks[-1].card
+    names = [n.card.name for n in networks]
+    labels = class_labels(arguments.labels, card)
+
+    def request(**who: Any) -> pipeline.Sampling:
+        return pipeline.prepare(
+            jax.random.key(arguments.seed),
+            networks,
+            labels=labels,
+            autoencoder=autoencoder,
+            **_options(arguments),
+            **who,
+        )
+
+    rows = _rows(networks, arguments)
+    requests = [request(**who) for _, who in rows]
+    out = pictures.check_png(arguments.out)
+    # The dearest network alone is what the speed-up is measured against, drawn or not.
+    dearest = max(range(len(networks)), key=lambda k: (networks[k].card.macs, k))
+    alone = [set(np.asarray(r.plan.networks).tolist()) for r in requests]
+    baseline = alone.index({dearest}) if {dearest} in alone else len(rows)
+    if baseline < len(rows):
+        timed = requests
+    else:
+        timed = [*requests, request(fractions=[float(k == dearest) for k in range(len(networks))])]
+
+    start = time.perf_counter()
+    print(f"compiling one sampler for every row ({jax.default_backend()}) ...", file=sys.stderr)
+    execute = timed[0].compile()
+    compile_time = time.perf_counter() - start
+
+    times: list[list[float]] = [[] for _ in timed]
+    images: list[np.ndarray] = [np.empty(0)] * len(timed)
+    with tqdm(total=len(timed) * (REPEATS + 1), desc="sampling", unit="run") as bar:
+        for repeat in range(REPEATS + 1):
+            for i, sampling in enumerate(timed):
+                start = time.perf_counter()
+                result = jax.block_until_ready(execute(sampling.inputs))
+                if repeat:  # the first round warms up
+                    times[i].append(time.perf_counter() - start)
+                images[i] = np.asarray(result)
+                bar.update()
+    medians = [statistics.median(t) for t in times]
+    speedups = [medians[baseline] / t for t in medians]
+
+    lines = [
+        [label, s.plan.describe(names), f"{t:.2f} s", f"{len(labels) / t:.1f}", f"{u:.2f}x"]
+        for (label, _), s, t, u in zip(rows, requests, medians, speedups, strict=False)
+    ]
+    guided = "unguided" if arguments.cfg_scale is None else f"guidance {arguments.cfg_scale:g}"
+    if arguments.auto_scale is not None:
+        guided += f", autoguidance {arguments.auto_scale:g}"
+    if arguments.cfg_interval is not None:
+        guided += " at noise levels {:g} to {:g}".format(*arguments.cfg_interval)
+    title = f"{' + '.join(names)}: fraction of the steps taken by {names[0]}"
+    if len(networks) == 1:
+        title = names[0]
+    elif len(networks) > 2:
+        title = f"{' + '.join(names)}: fraction of each"
+    footer = (
+        f"{arguments.solver}, {requests[0].plan.steps} steps, {guided}, seed {arguments.seed}, "
+        f"{jax.default_backend()}; {len(labels)} images a row. "
+        f"Time of a row without compilation; one compilation of {compile_time:.1f} s serves all."
+    )
+    picture = pictures.grid(
+        np.stack(images[: len(rows)]),
+        [f"{f}\n{t:.2f} s\n{u:.2f}x" for (f, *_), t, u in
+         zip(lines, medians, speedups, strict=False)],
+        [card.class_names[k] if card.class_names else str(k) for k in labels],
+        title=title,
+        footer=footer,
+    )  # fmt: skip
+    pictures.write_png(picture, out)
+    print(table(["fraction", "plan", "time", "images/s", "speed-up"], lines))
+    print(f"compilation: {compile_time:.1f} s, once for all rows\npicture: {out}")

@@ -1,0 +1,61 @@
+"""What the commands share: arguments as text, and tables."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from tstitch_jax.types import Card
+
+
+def count(value: float) -> str:
+    for unit in ("", "K", "M", "G"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * w for w in widths], *rows]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def class_labels(texts: Sequence[str] | None, card: Card) -> list[int]:
+    """Class labels from numbers or names; all classes by default, at most ten."""
+    from tstitch_jax.schedules import unknown
+
+    if texts is None:
+        return list(range(min(card.num_classes, 10)))
+    numbers = {name.lower(): i for i, name in enumerate(card.class_names)}
+    labels = []
+    for text in texts:
+        if text.lower() in numbers:
+            labels.append(numbers[text.lower()])
+        elif text.removeprefix("-").isdecimal():
+            labels.append(int(text))
+        else:
+            raise unknown("label", text, card.class_names or [f"0 to {card.num_classes - 1}"])
+    return labels
+
+
+def scale(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or none, got {text!r}") from None
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        digits = text.removeprefix("-").isdecimal()
+        if not digits or int(text) < low or (high is not None and int(text) > high):
+            bounds = f"at least {low}" if high is None else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be a whole number, {bounds}, got {text!r}")
+        return int(text)
+
+    return parse

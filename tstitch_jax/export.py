@@ -1,0 +1,127 @@
+"""A whole sampler, weights and all, as one file that needs JAX alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from tstitch_jax import pipeline
+from tstitch_jax.files import whole_file
+from tstitch_jax.parallel import mesh_of
+from tstitch_jax.plan import Plan
+from tstitch_jax.types import Autoencoder, Network
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def _bits(leaf: Any) -> np.ndarray:
+    """A weight as ``.npz`` can hold it, which knows no bfloat16."""
+    array = np.asarray(leaf)
+    return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def export(
+    path: str | os.PathLike[str],
+    networks: Sequence[Network],
+    *,
+    labels: Sequence[int],
+    seed: int = 0,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    autoencoder: Autoencoder | None = None,
+    **options: Any,
+) -> None:
+    """Writes a sampler to an ``.npz`` file from which JAX alone, without this library, samples.
+
+    The file holds ``program``, the bytes of ``jax.export`` (StableHLO); ``weight_0000``, ...; the
+    arguments that were given here, ``seed``, ``labels``, ``plan`` and ``scales``, of which a call
+    may give others of the same shape; and ``about``, JSON. Nothing in it is run when it is read:
+
+        file = np.load("sampler.npz")
+        draw = jax.export.deserialize(bytearray(file["program"])).call
+        weights = [file[name] for name in file.files if name.startswith("weight_")]
+        images = draw(weights, *(file[name] for name in ("seed", "labels", "plan", "scales")))
+
+    ``images`` are float32 ``[B, H, W, C]`` in [-1, 1], those of ``sample`` with
+    ``jax.random.key(seed)``. ``seed`` is uint32, ``labels`` int32 ``[B]``, ``plan`` int32 ``[N]``,
+    ``scales`` float32: the guidance scale of each guided network (of each step too, where one was
+    given by step).
+
+    Args:
+        path: The file.
+        networks, labels, autoencoder: As for ``sample``; one list of labels for all networks.
+        seed: 0 to 2^32 - 1.
+        platforms: For which the program is lowered, of ``PLATFORMS``.
+        **options: The other arguments of ``sample`` that its compiled program depends on.
+
+    Raises:
+        ValueError: If an argument is not as said.
+        OSError: If the file cannot be written.
+    """
+    wrong = [name for name in platforms if name not in PLATFORMS]
+    if wrong or not platforms:
+        raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, got {wrong}")
+    if mesh_of(*networks, autoencoder) is not None:
+        raise ValueError("a sampler is exported from networks on one device, not on a mesh")
+    request = pipeline.prepare(
+        jax.random.key(seed), networks, labels=labels, autoencoder=autoencoder, **options
+    )
+    inputs = request.inputs
+    if inputs.noise is not None or inputs.start is not None:
+        raise ValueError("noise and start cannot be exported")
+    leaves, tree = jax.tree.flatten((inputs.given.params, inputs.coder_params))
+    dtypes = [leaf.dtype for leaf in leaves]
+    weights = [_bits(leaf) for leaf in leaves]
+    given = [scale for scale in inputs.given.scales if scale is not None]
+    scales = np.array(np.broadcast_arrays(*given) if given else [], np.float32)
+
+    def draw(weights: Any, seed: Any, labels: Any, plan: Any, scales: Any) -> jax.Array:
+        parts = [
+            jax.lax.bitcast_convert_type(weight, dtype) if weight.dtype != dtype else weight
+            for weight, dtype in zip(weights, dtypes, strict=True)
+        ]
+        params, coder_params = jax.tree.unflatten(tree, parts)
+        rest = iter(scales)
+        chosen = tuple(None if s is None else next(rest) for s in inputs.given.scales)
+        return request.function(
+            inputs._replace(
+                key=jax.random.key(seed),
+                given=inputs.given._replace(
+                    params=params, scales=chosen, plan=Plan(plan, len(networks))
+                ),
+                labels=(labels,) * len(networks),
+                coder_params=coder_params,
+            )
+        )
+
+    arguments = dict(
+        seed=np.uint32(seed),
+        labels=np.asarray(inputs.labels[0], np.int32),
+        plan=np.asarray(request.plan.networks, np.int32),
+        scales=scales,
+    )
+    function: Callable[..., Any] = jax.jit(draw)
+    program = jax.export.export(function, platforms=tuple(platforms))(weights, *arguments.values())
+    about = {
+        "networks": [network.card.name for network in networks],
+        "licenses": [network.card.license for network in networks],
+        "checksums": [network.card.checksum for network in networks],
+        "platforms": list(program.platforms),
+        "jax": jax.__version__,
+    }
+    named = {f"weight_{i:04d}": weight for i, weight in enumerate(weights)}
+    with whole_file(Path(path)) as stream:
+        np.savez(
+            stream,
+            about=np.array(json.dumps(about)),
+            program=np.frombuffer(program.serialize(), np.uint8),
+            **arguments,  # pyright: ignore[reportArgumentType]
+            **named,
+        )
