@@ -33,8 +33,8 @@ RANKS = {
     "hub": 6,
     "training": 6,
     "pipeline": 6,
-    "generate": 7,
-    "export": 7,
+    "generation": 7,
+    "exporting": 7,
     "__init__": 8,
     "cli": 9,
 }

@@ -1,8 +1,8 @@
 """Trajectory stitching of diffusion models (T-Stitch, Pan et al. 2024, arXiv:2402.14167)."""
 
 from tstitch_jax.checkpoint import make_autoencoder, make_network, save
-from tstitch_jax.export import export
-from tstitch_jax.generate import generate
+from tstitch_jax.exporting import export
+from tstitch_jax.generation import generate
 from tstitch_jax.guidance import autoguide, cfg, guidance_interval
 from tstitch_jax.hub import load
 from tstitch_jax.parallel import make_mesh, shard

@@ -48,7 +48,7 @@ class Hosts:
         index, count: Which of how many hosts this is.
     """
 
-    def __init__(self, folder: Path, run: str, timeout: float) -> None:
+    def __init__(self, folder: Path, run: str, timeout: float | int) -> None:
         """
         Args:
             folder: Where the files are.
@@ -57,7 +57,13 @@ class Hosts:
         """
         self.index, self.count = jax.process_index(), jax.process_count()
         self._folder, self._run, self._timeout = folder, run, timeout
-        self._state: dict[str, Any] = {"run": run, "beat": 0, "images": 0, "stage": "making"}
+        self._state: dict[str, Any] = {
+            "run": run,
+            "beat": 0,
+            "images": 0,
+            "had": 0,
+            "stage": "making",
+        }
         self._seen = {i: (-1, time.monotonic()) for i in range(self.count)}
         self._others: dict[int, dict[str, Any]] = {}
         self._stop = threading.Event()
@@ -94,12 +100,12 @@ class Hosts:
             self._say()
 
     def report(self, **changes: Any) -> None:
-        """Says how many ``images`` this host has made, or its ``stage``."""
+        """Says how many ``images`` this host has, how many it ``had`` before, or its ``stage``."""
         if self.count > 1:
             self._say(**changes)
 
     def check(self) -> dict[int, dict[str, Any]]:
-        """What the other hosts of this run have said: their ``images`` and ``stage``.
+        """What the other hosts of this run have said, as they gave it to ``report``.
 
         Raises:
             HostError: If one has failed, or has given no sign of life for too long.

@@ -131,6 +131,25 @@ def mesh_of(*owners: Network | Autoencoder | None) -> Mesh | None:
     return next(iter(meshes), None)
 
 
+def rows(mesh: Mesh) -> list[Mesh]:
+    """The mesh cut along "data": the devices that hold all of a network once, as meshes."""
+    return [_axes(Mesh(devices[None], mesh.axis_names)) for devices in mesh.devices]
+
+
+def part(network: N, row: Mesh) -> N:
+    """A network on a mesh, as one of its ``rows`` holds it; nothing is copied."""
+    here = set(row.devices.flat)
+
+    def one(leaf: jax.Array) -> jax.Array:
+        pieces = [shard.data for shard in leaf.addressable_shards if shard.device in here]
+        spec = leaf.sharding.spec  # pyright: ignore[reportAttributeAccessIssue]
+        return jax.make_array_from_single_device_arrays(
+            leaf.shape, NamedSharding(row, spec), pieces
+        )
+
+    return dataclasses.replace(network, params=jax.tree.map(one, network.params))
+
+
 def over_data(mesh: Mesh, value: Any) -> Any:
     """An array with its leading axis spread over "data", copied along "model"."""
     return put(value, NamedSharding(mesh, PartitionSpec(DATA)))

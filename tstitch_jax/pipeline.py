@@ -217,14 +217,6 @@ class Sampling:
         """The resolved plan."""
         return self.inputs.given.plan
 
-    def of_images(self, indices: np.ndarray, labels: np.ndarray) -> Inputs:
-        """The same request's inputs for as many other images: int32 ``[B]`` each."""
-        mesh, params = self.static["mesh"], self.inputs.given.params
-        placed = [_place(mesh, v.astype(np.int32), params) for v in (indices, labels)]
-        return self.inputs._replace(
-            indices=placed[0], labels=(placed[1],) * len(self.inputs.labels)
-        )
-
     def run(self, callback: Callable[[Step], object] | None = None) -> Any:
         """Samples, compiling where nothing alike has run before.
 

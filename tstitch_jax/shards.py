@@ -75,7 +75,7 @@ class Shards:
                     f"{self.folder} holds other things ({others[0]}) and no {SETTINGS}; "
                     "choose another folder"
                 )
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except filelock.Timeout:
             raise ValueError(
                 f"another process works on {self.folder}; wait for it, or choose another folder"
@@ -85,7 +85,7 @@ class Shards:
         except OSError as error:
             reason = error.strerror or error
             raise OSError(error.errno, f"cannot write {self.folder}: {reason}") from error
-        with lock:
+        with held:
             if file.exists():
                 self._compare(file)
             else:

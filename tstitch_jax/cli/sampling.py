@@ -143,7 +143,7 @@ def generate_command(arguments: argparse.Namespace) -> None:
     import jax
 
     from tstitch_jax.cli.devices import join_hosts
-    from tstitch_jax.generate import generate
+    from tstitch_jax.generation import generate
     from tstitch_jax.parallel import make_mesh
 
     join_hosts(arguments)
@@ -160,7 +160,7 @@ def generate_command(arguments: argparse.Namespace) -> None:
 
 
 def export_command(arguments: argparse.Namespace) -> None:
-    from tstitch_jax.export import export
+    from tstitch_jax.exporting import export
 
     networks, autoencoder = _load(arguments)
     export(

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import secrets
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from tstitch_jax import checks, pipeline
+from tstitch_jax import checks, parallel, pipeline
 from tstitch_jax.hosts import HostError, Hosts, tell_all
-from tstitch_jax.parallel import DATA, MODEL
 from tstitch_jax.shards import SAMPLES, Shards
 from tstitch_jax.types import Autoencoder, Network
 
 FORMAT = 1
+
+_DEFAULTS: dict[str, Any] = dict(
+    fractions=None, plan=None, steps=50, spacing="respaced", solver="ddim", eta=None,
+    cfg_scale=1.5, cfg_channels=None, cfg_rescale=0.0, cfg_interval=None, auto_scale=None,
+)  # fmt: skip
+"""Options of ``sample`` that ``generate`` takes too."""
 
 
 def _settings(
@@ -29,7 +37,7 @@ def _settings(
     seed: int, labels: Sequence[int], batch: int, options: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """All that an image's bytes depend on."""
-    mesh = request.static["mesh"]
+    mesh = parallel.mesh_of(*networks)
     owners = [*networks, *([] if autoencoder is None else [autoencoder])]
     leaves = jax.tree.leaves(owners[0].params)
 
@@ -49,7 +57,7 @@ def _settings(
         "labels": [int(label) for label in labels],
         "batch": batch,
         "platform": next(iter(leaves[0].devices())).platform,
-        "model devices": 1 if mesh is None else mesh.shape[MODEL],
+        "model devices": 1 if mesh is None else mesh.shape[parallel.MODEL],
     }
 
 
@@ -61,8 +69,60 @@ def _check(num: int, batch: int, seed: int) -> None:
         raise ValueError(f"seed must be below 2^32, got {seed}")
 
 
-def _as_pixels(request: pipeline.Sampling) -> pipeline.Sampling:
-    return dataclasses.replace(request, static=request.static | {"finish": pipeline.to_pixels})
+@dataclasses.dataclass
+class _Team:
+    """The devices that hold all networks once, and draw a batch at a time.
+
+    Each team runs a program of its own, compiled for its devices alone: a program that is spread
+    over many rounds otherwise than that of one, and an image would depend on how many there are.
+    """
+
+    request: pipeline.Sampling
+    place: Any
+    execute: Callable[[pipeline.Inputs], Any] | None = None
+
+    def lower(self) -> jax.stages.Lowered:
+        return self.request.lower()
+
+    def start(self, indices: np.ndarray, labels: np.ndarray) -> Any:
+        """Pixels, and whether each image is finite, when the devices will be through."""
+        pair = indices.astype(np.int32), labels.astype(np.int32)
+        indices, labels = jax.device_put(pair, self.place)
+        inputs = self.request.inputs
+        inputs = inputs._replace(indices=indices, labels=(labels,) * len(inputs.labels))
+        assert self.execute is not None
+        return self.execute(inputs)
+
+
+def _teams(
+    networks: Sequence[Network], autoencoder: Autoencoder | None,
+    prepare: Callable[[Sequence[Network], Autoencoder | None], pipeline.Sampling],
+) -> list[_Team]:  # fmt: skip
+    """One for each row of the networks' mesh; nothing is compiled yet."""
+    mesh = parallel.mesh_of(*networks, autoencoder)
+    if mesh is not None and mesh.is_multi_process:
+        raise ValueError(
+            "each host generates on its own devices: make_mesh(devices=jax.local_devices())"
+        )
+    teams = []
+    for row in [None] if mesh is None else parallel.rows(mesh):
+        if row is None:
+            request = prepare(networks, autoencoder)
+            place = next(iter(jax.tree.leaves(networks[0].params)[0].devices()))
+        else:
+            request = prepare(
+                [parallel.part(network, row) for network in networks],
+                autoencoder and parallel.part(autoencoder, row),
+            )
+            place = NamedSharding(row, PartitionSpec())
+        # Alike for all teams, so that they are traced once.
+        static = request.static | {"finish": pipeline.to_pixels, "mesh": None}
+        key, indices, labels = jax.device_put(
+            (request.inputs.key, np.asarray(request.inputs.indices), request.inputs.labels), place
+        )
+        inputs = request.inputs._replace(key=key, indices=indices, labels=labels)
+        teams.append(_Team(dataclasses.replace(request, static=static, inputs=inputs), place))
+    return teams
 
 
 def generate(
@@ -117,36 +177,28 @@ def generate(
             done is kept.
     """
     _check(num, batch, seed)
-    allowed = {"fractions", "plan", "steps", "spacing", "solver", "eta", "cfg_scale", "auto_scale",
-               "cfg_channels", "cfg_rescale", "cfg_interval"}  # fmt: skip
-    if options.keys() - allowed:
-        wrong = ", ".join(sorted(options.keys() - allowed))
-        raise TypeError(f"generate takes no {wrong}; its options are {', '.join(sorted(allowed))}")
-    if not isinstance(options.get("solver", "ddim"), str):
+    if options.keys() - _DEFAULTS.keys():
+        wrong = ", ".join(sorted(options.keys() - _DEFAULTS.keys()))
+        raise TypeError(f"generate takes no {wrong}; its options are {', '.join(_DEFAULTS)}")
+    options = _DEFAULTS | options
+    if not isinstance(options["solver"], str):
         raise ValueError("generate takes a solver by name, so that a job can be gone on with")
     checks.check_networks(networks)
     if labels is None:
         labels = range(networks[-1].card.num_classes)
 
-    options = {"steps": 50, "spacing": "respaced", "solver": "ddim", "cfg_scale": 1.5} | options
-    key = jax.random.key(seed)
+    key, cycle = jax.random.key(seed), list(labels)
 
-    def prepare(labels: Any) -> pipeline.Sampling:
-        return pipeline.prepare(key, networks, labels=labels, autoencoder=autoencoder, **options)
+    def prepare(chosen: Any, *owners: Any) -> pipeline.Sampling:
+        return pipeline.prepare(key, owners[0], labels=chosen, autoencoder=owners[1], **options)
 
-    prepare(list(labels))  # all labels are checked
-    cycle = np.asarray(labels, np.int32)
-    one = prepare([int(cycle[0])])
-    mesh = one.static["mesh"]
-    if mesh is not None and mesh.is_multi_process:
-        raise ValueError(
-            "each host generates on its own devices: make_mesh(devices=jax.local_devices())"
-        )
-    at_once = 1 if mesh is None else mesh.shape[DATA]
-    request = _as_pixels(prepare(np.resize(cycle, at_once * batch).tolist()))
+    prepare(cycle, networks, autoencoder)  # all labels are checked
+    first = np.resize(np.array(cycle), batch).tolist()
+    teams = _teams(networks, autoencoder, functools.partial(prepare, first))
+    request = teams[0].request
     shape = jax.eval_shape(request.function, request.inputs)[0].shape[1:]
     kept = {k: v for k, v in options.items() if k not in ("fractions", "plan", "steps")}
-    settings = _settings(one, networks, autoencoder, seed, labels, batch, kept)
+    settings = _settings(request, networks, autoencoder, seed, cycle, batch, kept)
     shards = Shards(Path(out), settings, batch, shape)
 
     leader = jax.process_index() == 0
@@ -164,10 +216,10 @@ def generate(
         if word.startswith("no "):
             raise HostError(f"host 0 refuses: {word[3:]}")
         hosts = stack.enter_context(Hosts(shards.folder / ".hosts", word[3:], host_timeout))
-        _make(request, shards, hosts, cycle, num, at_once, progress)
+        _make(teams, shards, hosts, np.array(cycle), num, progress)
         if leader:
             silent = not progress
-            labels_of = cycle[np.arange(num) % len(cycle)]
+            labels_of = np.array(cycle)[np.arange(num) % len(cycle)]
             return shards.join(
                 num,
                 labels_of,
@@ -179,9 +231,17 @@ def generate(
         return shards.folder / SAMPLES
 
 
+def _compile(teams: Sequence[_Team]) -> None:
+    """Traced once, then compiled for each team, many at a time."""
+    lowered = [team.lower() for team in teams]
+    with ThreadPoolExecutor() as pool:
+        for team, execute in zip(teams, pool.map(lambda p: p.compile(), lowered), strict=True):
+            team.execute = execute
+
+
 def _make(
-    request: pipeline.Sampling, shards: Shards, hosts: Hosts, cycle: np.ndarray, num: int,
-    at_once: int, progress: bool,
+    teams: Sequence[_Team], shards: Shards, hosts: Hosts, cycle: np.ndarray, num: int,
+    progress: bool,
 ) -> None:  # fmt: skip
     """Makes this host's part of what is missing; shard k is of host k modulo their number."""
     own = list(shards.needed(num))[hosts.index :: hosts.count]
@@ -192,50 +252,48 @@ def _make(
     def images(shards_: Iterable[int]) -> int:
         return sum(min(num - k * shards.batch, shards.batch) for k in shards_)
 
-    done = images(own) - images(missing)
+    had = done = images(own) - images(missing)
     with tqdm(total=num, initial=done, desc="generating", unit="img", disable=silent) as bar:
 
         def show(others: dict[int, dict[str, Any]]) -> None:
-            hosts.report(images=done)
-            made = {i: said["images"] for i, said in others.items()} | {hosts.index: done}
+            hosts.report(images=done, had=had)
+            said = {i: (other["images"], other["had"]) for i, other in others.items()}
+            said[hosts.index] = done, had
+            made = {i: images for i, (images, _) in said.items()}
+            bar.initial = sum(had for _, had in said.values())  # which the rate leaves out
             bar.update(sum(made.values()) - bar.n)
             if hosts.count > 1:
                 bar.set_postfix_str(", ".join(f"host {i}: {n}" for i, n in sorted(made.items())))
 
         show({})
-        execute = None
-        pending: deque[tuple[list[int], Any]] = deque()
-        for start in range(0, len(missing) + at_once, at_once):
-            group = missing[start : start + at_once]
-            if group:
-                # What is missing to a batch of every device is filled with copies.
-                filled = group + group[-1:] * (at_once - len(group))
-                indices = np.concatenate(
-                    [k * shards.batch + np.arange(shards.batch) for k in filled]
+        if missing:
+            bar.set_description("compiling")
+            _compile(teams[: len(missing)])
+            bar.set_description("generating")
+            bar.unpause()  # the rate is that of sampling
+
+        def collect(k: int, result: Any) -> None:
+            nonlocal done
+            pixels, finite = (np.asarray(value) for value in result)
+            if not finite.all():
+                raise FloatingPointError(
+                    f"image {k * shards.batch + int(np.argmin(finite))} is not finite; with "
+                    "bfloat16 try float32, else a lower guidance scale"
                 )
-                inputs = request.of_images(indices, cycle[indices % len(cycle)])
-                if execute is None:
-                    bar.set_description("compiling")
-                    execute = request.compile()
-                    bar.set_description("generating")
-                    bar.unpause()  # the rate is that of sampling
-                pending.append((group, execute(inputs)))
-            # While the devices work, the batch before is written.
-            while len(pending) > (1 if group else 0):
-                ready, (pixels, finite) = pending.popleft()
-                rows = np.asarray(pixels).reshape(-1, shards.batch, *shards.shape)
-                for k, part, good in zip(
-                    ready, rows, np.asarray(finite).reshape(-1, shards.batch), strict=False
-                ):
-                    if not good.all():
-                        i = k * shards.batch + int(np.argmin(good))
-                        raise FloatingPointError(
-                            f"image {i} is not finite; with bfloat16 try float32, or a lower "
-                            "guidance scale"
-                        )
-                    shards.write(k, part)
-                    done += images([k])
-                show(hosts.check())
+            shards.write(k, pixels)
+            done += images([k])
+            show(hosts.check())
+
+        pending: deque[tuple[int, Any]] = deque()
+        for turn, k in enumerate(missing):
+            indices = k * shards.batch + np.arange(shards.batch)
+            started = teams[turn % len(teams)].start(indices, cycle[indices % len(cycle)])
+            pending.append((k, started))
+            # Each team has one batch at work and one ahead while the host writes.
+            if len(pending) == 2 * len(teams):
+                collect(*pending.popleft())
+        while pending:
+            collect(*pending.popleft())
         hosts.report(stage="made")
         if hosts.index == 0:
             for others in hosts.wait(range(hosts.count), "made"):

@@ -1,0 +1,104 @@
+"""A sampler as a file: JAX alone draws from it what the library draws."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import GOLDEN, tiny_network
+
+import tstitch_jax as ts
+from checkpoints_convert import convert
+
+KEY = jax.random.key(7)
+OPTIONS = dict(steps=4, solver="ddpm", cfg_scale=[1.5, None])
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "vae"
+    convert(GOLDEN / "diffusers_tiny" / "vae", folder)
+    return [tiny_network(0), tiny_network(1, width=64)], ts.load(folder)
+
+
+LOAD = """
+import sys
+import jax, jax.export
+import numpy as np
+file = np.load(sys.argv[1])
+draw = jax.export.deserialize(bytearray(file["program"])).call
+weights = [file[name] for name in file.files if name.startswith("weight_")]
+arguments = {name: file[name] for name in ("seed", "labels", "plan", "scales")}
+np.save(sys.argv[2], draw(weights, *arguments.values()))
+arguments["plan"] = np.array([0, 1, 0, 1], np.int32)
+arguments["seed"], arguments["scales"] = np.uint32(8), np.array([3], np.float32)
+np.save(sys.argv[3], draw(weights, *arguments.values()))
+assert not {"tstitch_jax", "flax", "orbax"} & set(sys.modules)
+"""
+
+
+def test_jax_alone_samples_the_same(parts, tmp_path):
+    networks, coder = parts
+    file = tmp_path / "sampler.npz"
+    ts.export(file, networks, labels=[1, 2], seed=7, fractions=[0.5, 0.5], autoencoder=coder,
+              **OPTIONS)  # fmt: skip
+    outputs = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    subprocess.run([sys.executable, "-c", LOAD, file, *outputs], check=True)
+    for output, key, more in (
+        (outputs[0], KEY, dict(fractions=[0.5, 0.5])),
+        (outputs[1], jax.random.key(8), dict(plan=ts.Plan.from_list([0, 1, 0, 1], 2),
+                                             cfg_scale=[3.0, None])),
+    ):  # fmt: skip
+        images = ts.sample(key, networks, labels=[1, 2], autoencoder=coder, **(OPTIONS | more))
+        np.testing.assert_allclose(np.load(output), images, atol=1e-5)
+    about = json.loads(str(np.load(file)["about"]))
+    assert about["platforms"] == ["cpu", "cuda", "tpu"]
+    assert about["checksums"] == [network.card.checksum for network in networks]
+
+
+def test_bfloat16_and_no_guidance(tmp_path, standard_promotion):
+    network = ts.load("fashion-s", jnp.bfloat16)
+    file = tmp_path / "sampler.npz"
+    ts.export(file, [network], labels=[3], steps=2, cfg_scale=None, platforms=["cuda"])
+    stored = np.load(file)
+    assert stored["scales"].shape == (0,)
+    program = jax.export.deserialize(bytearray(stored["program"]))
+    assert program.platforms == ("cuda",)
+    assert "bf16" in program.mlir_module()
+    assert Path(file).stat().st_size < sum(4 * v.size for v in jax.tree.leaves(network.params))
+    ts.export(file, [network], labels=[3], steps=2, cfg_scale=None, platforms=["cpu"])
+    stored = np.load(file)
+    weights = [stored[name] for name in stored.files if name.startswith("weight_")]
+    draw = jax.export.deserialize(bytearray(stored["program"])).call
+    found = draw(weights, *(stored[name] for name in ("seed", "labels", "plan", "scales")))
+    expected = ts.sample(jax.random.key(0), [network], labels=[3], steps=2, cfg_scale=None)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_bad_input(parts, tmp_path):
+    networks, coder = parts
+    file = tmp_path / "sampler.npz"
+
+    def export(**more):
+        ts.export(file, networks, **(dict(labels=[1], fractions=[0.5, 0.5], steps=2) | more))
+
+    with pytest.raises(ValueError, match=r"some of cpu, cuda, rocm, tpu, got \['metal'\]"):
+        export(platforms=["cpu", "metal"])
+    with pytest.raises(ValueError, match="makes latents"):
+        export()
+    with pytest.raises(ValueError, match="labels must be 0 to 9, got 10"):
+        export(labels=[10], autoencoder=coder)
+    with pytest.raises(ValueError, match="noise and start cannot be exported"):
+        export(noise=np.zeros((1, 8, 8, 4)), decode=False)
+    there = [ts.shard(network, ts.make_mesh()) for network in networks]
+    with pytest.raises(ValueError, match="not on a mesh"):
+        ts.export(file, there, labels=[1])
+    with pytest.raises(OSError, match=r"cannot write /proc/sampler\.npz"):
+        ts.export("/proc/sampler.npz", networks, labels=[1], fractions=[0.5, 0.5], steps=2,
+                  decode=False)  # fmt: skip
+    assert not file.exists()

@@ -1,0 +1,344 @@
+"""Many images: stopped anywhere, the folder ends the same to the byte."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_network
+from PIL import Image
+
+import tstitch_jax as ts
+from tstitch_jax import cli
+from tstitch_jax.shards import Shards
+
+OPTIONS = dict(num=15, batch=2, steps=3, progress=False)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny_network(image_shape=(8, 8, 3), guidance_channels=None)
+
+
+def generate(out, network, **more):
+    return ts.generate(out, [network], **(OPTIONS | more))
+
+
+@pytest.fixture(scope="module")
+def unbroken(network, tmp_path_factory):
+    return generate(tmp_path_factory.mktemp("unbroken") / "job", network)
+
+
+def same(path, expected):
+    return path.read_bytes() == expected.read_bytes()
+
+
+def test_the_file_is_what_evaluation_tools_take(network, tmp_path):
+    path = generate(tmp_path / "job", network, num=7, labels=[3, 1], png=True, seed=5)
+    assert path == tmp_path / "job" / "samples.npz"
+    stored = np.load(path)
+    assert stored.files == ["arr_0", "arr_1"]
+    pixels = stored["arr_0"]
+    assert pixels.shape == (7, 8, 8, 3)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(stored["arr_1"], [3, 1, 3, 1, 3, 1, 3])
+    images = ts.sample(jax.random.key(5), [network], labels=stored["arr_1"].tolist(), steps=3)
+    expected = np.asarray(images + 1) * 127.5
+    assert np.abs(pixels - expected).max() < 0.51
+    names = sorted(p.name for p in (tmp_path / "job" / "png").iterdir())
+    assert names == [f"{i:07d}.png" for i in range(7)]
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "job" / "png" / names[6])), pixels[6]
+    )
+
+
+def test_grey_images_become_three_channels(tmp_path):
+    grey = tiny_network(image_shape=(8, 8, 1), guidance_channels=None)
+    pixels = np.load(generate(tmp_path / "job", grey, num=3))["arr_0"]
+    assert pixels.shape == (3, 8, 8, 3)
+    np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_devices_do_not_matter(network, unbroken, tmp_path, devices):
+    mesh = ts.make_mesh(devices=jax.devices()[:devices])
+    assert same(generate(tmp_path / "job", ts.shard(network, mesh)), unbroken)
+
+
+def test_parameters_over_a_model_axis(network, unbroken, tmp_path):
+    there = ts.shard(network, ts.make_mesh(2, jax.devices()[:4]))
+    found = np.load(generate(tmp_path / "job", there))["arr_0"].astype(int)
+    assert np.abs(found - np.load(unbroken)["arr_0"]).max() <= 1
+    with pytest.raises(ValueError, match=r"model devices was 2, is 1"):
+        generate(tmp_path / "job", network)
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The shards that are written, in order; ``limit`` of them, then Ctrl-C."""
+    write, seen = Shards.write, []
+
+    def counted(self, k, pixels):
+        if len(seen) == seen_limit[0]:
+            raise KeyboardInterrupt
+        write(self, k, pixels)
+        seen.append(k)
+
+    seen_limit = [None]
+    monkeypatch.setattr(Shards, "write", counted)
+    return seen, seen_limit
+
+
+def test_a_stopped_run_goes_on(network, unbroken, tmp_path, written):
+    seen, limit = written
+    limit[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path / "job", network)
+    assert not (tmp_path / "job" / "samples.npz").exists()
+    limit[0] = None
+    two = ts.shard(network, ts.make_mesh(devices=jax.devices()[:2]))  # other devices now
+    assert same(generate(tmp_path / "job", two), unbroken)
+    assert sorted(seen) == list(range(8))  # nothing lost, nothing made twice
+    # once more: nothing is made
+    assert same(generate(tmp_path / "job", network), unbroken)
+    assert len(seen) == 8
+
+
+def test_more_images_later(network, unbroken, tmp_path, written):
+    seen, _ = written
+    generate(tmp_path / "job", network, num=5)
+    assert same(generate(tmp_path / "job", network), unbroken)
+    assert sorted(seen) == list(range(8))
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[data.find(np.load(file)["images"].tobytes()) + 100] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:100]),
+    "empty": lambda file: file.write_bytes(b""),
+    "a bit": flip,
+    "another's": lambda file: shutil.copy(file.with_name("0000004.npz"), file),
+    "gone": lambda file: file.unlink(),
+    "other images": lambda file: np.savez(file, images=np.zeros((2, 8, 8, 3), np.uint8),
+                                          checksum=np.array("0")),
+    "a pickle": lambda file: np.savez(file, images=np.array([{}]), checksum=np.array("0")),
+}  # fmt: skip
+
+
+def test_damaged_shards_are_made_again(network, unbroken, tmp_path, written):
+    shutil.copytree(unbroken.parent, tmp_path / "job")
+    seen, _ = written
+    for k, damage in enumerate(DAMAGES.values()):
+        damage(tmp_path / "job" / "shards" / f"{k if k != 4 else 7:07d}.npz")
+    unfinished = tmp_path / "job" / "shards" / ".0000001.npz.1.tmp"
+    unfinished.write_bytes(b"half")
+    assert same(generate(tmp_path / "job", network), unbroken)
+    assert sorted(seen) == [0, 1, 2, 3, 5, 6, 7]
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(seed=1), "seed was 0, is 1"),
+        (dict(steps=4), r"plan was .0, 0, 0., is .*; times had 4 entries, has 5"),
+        (dict(batch=3), "batch was 2, is 3"),
+        (dict(labels=[1, 2]), r"labels had 10 entries, has 2"),
+        (dict(cfg_scale=None), "cfg_scale was 1.5, is null"),
+        (dict(solver="ddpm"), 'solver was "ddim", is "ddpm"'),
+    ],
+)
+def test_other_settings_are_refused(network, unbroken, change, message):
+    before = sorted(p.stat().st_mtime_ns for p in unbroken.parent.rglob("*.*"))
+    with pytest.raises(ValueError, match=f"holds images of other settings: .*{message}"):
+        generate(unbroken.parent, network, **change)
+    assert before == sorted(p.stat().st_mtime_ns for p in unbroken.parent.rglob("*.*"))
+
+
+def test_other_weights_are_refused(unbroken):
+    other = tiny_network(1, image_shape=(8, 8, 3), guidance_channels=None)
+    with pytest.raises(ValueError, match=r"checksums was .*, is "):
+        generate(unbroken.parent, other)
+
+
+def test_places_that_are_refused(network, unbroken, tmp_path):
+    hold = (
+        "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print(1, flush=True); sys.stdin.read()"
+    )
+    lock = str(unbroken.parent / ".lock")
+    with subprocess.Popen([sys.executable, "-c", hold, lock], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout.readline() == b"1\n"
+        with pytest.raises(ValueError, match=r"another process works on"):
+            generate(unbroken.parent, network)
+        process.kill()
+    assert same(generate(unbroken.parent, network), unbroken)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds other things \(thesis.txt\)"):
+        generate(tmp_path / "mine", network)
+    with pytest.raises(ValueError, match=r"is not a folder"):
+        generate(tmp_path / "mine" / "thesis.txt", network)
+    with pytest.raises(OSError, match=r"cannot write /proc/tstitch"):
+        generate("/proc/tstitch", network)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for text in ("{", "[]", '"a"'):
+        (damaged / "settings.json").write_text(text)
+        with pytest.raises(ValueError, match=r"settings.json is damaged"):
+            generate(damaged, network)
+
+
+def test_a_full_disk_loses_nothing(network, unbroken, tmp_path):
+    job = tmp_path / "job"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for size, what in ((700, r"0000000\.npz"), (2500, r"samples\.npz")):
+            generate_settings = job / "settings.json"
+            if not generate_settings.exists():
+                shutil.copytree(unbroken.parent, job, ignore=shutil.ignore_patterns("*.npz"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            with pytest.raises(OSError, match=rf"cannot write .*{what}: File too large"):
+                generate(job, network)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert not list(job.rglob("*.tmp"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not (job / "samples.npz").exists()
+    assert same(generate(job, network), unbroken)
+
+
+def test_bad_input(network, tmp_path):
+    out = tmp_path / "job"
+    for change, message in (
+        (dict(num=0), r"num must be a whole number of at least 1, got 0"),
+        (dict(batch=0), r"batch must be .* at least 1, got 0"),
+        (dict(seed=-1), r"seed must be .* got -1"),
+        (dict(seed=2**32), r"below 2\^32"),
+        (dict(labels=[11]), r"labels must be 0 to 9, got 11"),
+        (dict(labels=[]), r"labels must be a list"),
+        (dict(solver=ts.ddim()), r"solver by name"),
+        (dict(steps=0), r"0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(out, network, **change)
+    with pytest.raises(TypeError, match=r"generate takes no noise; its options are fractions"):
+        generate(out, network, noise=1)
+    with pytest.raises(ValueError, match=r"makes latents of 4 channels"):
+        generate(out, tiny_network())
+    assert not out.exists()
+
+
+def test_images_that_are_not_finite_are_not_kept(tmp_path):
+    network = tiny_network(image_shape=(8, 8, 3), guidance_channels=None)
+    bad = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), network.params)
+    broken = ts.Network(network.denoiser, bad, network.card, network.schedule)
+    with pytest.raises(FloatingPointError, match=r"image 0 is not finite"):
+        generate(tmp_path / "job", broken)
+    assert not list((tmp_path / "job" / "shards").iterdir())
+
+
+COMMAND = ["generate", "--networks", "fashion-s", "--num", "40", "--batch", "4", "--steps", "10"]
+
+
+def test_killed_at_any_moment(tmp_path, monkeypatch, capsys):
+    """The real program, kill -9, and the same command again."""
+    monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path / "cache"))
+    assert cli.main([*COMMAND, "--out", str(tmp_path / "unbroken")]) == 0
+    assert "40 images" in capsys.readouterr().out
+    job = tmp_path / "job"
+    environment = os.environ | {"XLA_FLAGS": ""}
+    for wanted in (1, 4):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tstitch_jax.cli", *COMMAND, "--out", str(job)],
+            env=environment, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None and len(list(job.glob("shards/*.npz"))) < wanted:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert cli.main([*COMMAND, "--out", str(job)]) == 0
+    assert same(job / "samples.npz", tmp_path / "unbroken" / "samples.npz")
+
+
+def two_hosts(folder, job):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    script = Path(__file__).with_name("two_hosts.py")
+    environment = os.environ | {"PYTHONPATH": f"{script.parent}:{script.parents[1]}"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), port, str(i), str(folder), job], env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+
+
+def test_two_hosts_sample_as_one(tmp_path):
+    for process in two_hosts(tmp_path, "sample"):
+        assert "done" in process.communicate(timeout=200)[0]
+    pair = [tiny_network(seed) for seed in (0, 1)]
+    expected = ts.sample(
+        jax.random.key(0), pair, labels=list(range(7)), fractions=[0.5, 0.5], steps=4,
+        solver="ddpm", decode=False,
+    )  # fmt: skip
+    found = np.full(expected.shape, np.nan, np.float32)
+    for file in tmp_path.glob("*.npz"):
+        stored = np.load(file)
+        part = stored["images"]
+        found[int(stored["start"]) : int(stored["start"]) + len(part)] = part
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * float(abs(expected).max()))
+
+
+def test_two_hosts_generate_as_one(tmp_path, unbroken, network):
+    """One is killed: the other says so and stops. Both again: the end is the same."""
+    first, second = two_hosts(tmp_path, "die")
+    for line in second.stdout:
+        if "dying" in line:
+            break
+    second.kill()
+    said = first.communicate(timeout=200)[0]
+    assert "error: host 1 has given no sign of life for 4 s; what is done is kept" in said
+    assert first.returncode == 2
+    first, second = two_hosts(tmp_path, "fail")
+    said = [process.communicate(timeout=200)[0] for process in (first, second)]
+    assert "No space left on device" in said[1]
+    assert "error: host 1 failed: [Errno 28] No space left on device" in said[0]
+    assert not (tmp_path / "job" / "samples.npz").exists()
+    for process in two_hosts(tmp_path, "generate"):
+        assert "done" in process.communicate(timeout=200)[0]
+    assert same(tmp_path / "job" / "samples.npz", unbroken)
+    settings = json.loads((tmp_path / "job" / "settings.json").read_text())
+    assert settings["networks"] == ["tiny"]
+
+
+def test_hosts_on_the_command_line(tmp_path, capsys):
+    for more, message in (
+        (["--host", "0"], "--coordinator, --num-hosts and --host go together"),
+        (["--distributed", "--host", "0"], "give --distributed, or --coordinator"),
+        (["--coordinator", "a:1", "--num-hosts", "2", "--host", "2"], "below --num-hosts 2, got 2"),
+        (["--model-devices", "3"], "divides the 8 devices, got 3"),
+        (["--fractions", "1", "--fractions", "1"], "give --fractions or --plan once"),
+    ):
+        assert cli.main([*COMMAND, "--out", str(tmp_path / "job"), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "job").exists()

@@ -1,0 +1,57 @@
+"""One of two real processes; run by test_generate.py: PORT INDEX FOLDER JOB."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jax
+import numpy as np
+from helpers import tiny_network
+
+import tstitch_jax as ts
+from tstitch_jax.cli.devices import leave_hosts
+from tstitch_jax.shards import Shards
+
+
+def main(port: str, index: str, out: str, job: str) -> None:
+    jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+    folder = Path(out)
+    if job == "sample":
+        mesh = ts.make_mesh()  # of all devices of both
+        pair = [ts.shard(tiny_network(seed), mesh) for seed in (0, 1)]
+        images = ts.sample(
+            jax.random.key(0), pair, labels=list(range(7)), fractions=[0.5, 0.5], steps=4,
+            solver="ddpm", decode=False,
+        )  # fmt: skip
+        for shard in images.addressable_shards:
+            np.savez(folder / f"{index}-{shard.device.id}.npz", start=shard.index[0].start or 0,
+                     images=shard.data)  # fmt: skip
+    else:
+        write = Shards.write
+
+        def slowly(self, k, pixels):
+            if job == "die" and index == "1" and k > 3:
+                print("dying", flush=True)
+                time.sleep(1000)  # to be killed
+            if job == "fail" and index == "1" and k > 3:
+                raise OSError(28, "No space left on device")
+            write(self, k, pixels)
+
+        Shards.write = slowly
+        mesh = ts.make_mesh(devices=jax.local_devices())
+        network = ts.shard(tiny_network(image_shape=(8, 8, 3), guidance_channels=None), mesh)
+        try:
+            ts.generate(folder / "job", [network], num=15, batch=2, steps=3, progress=False,
+                        host_timeout=4)  # fmt: skip
+        except OSError as error:
+            print(f"error: {error}", flush=True)
+            leave_hosts(2)
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
