@@ -36,8 +36,8 @@ from tstitch_jax.networks import (
     count_params,
     param_shapes,
 )
-from tstitch_jax.networks.autoencoder import in_chunks
-from tstitch_jax.prediction import as_denoiser, check_target
+from tstitch_jax.networks.autoencoder import at_once
+from tstitch_jax.prediction import as_denoiser, check_target, in_chunks
 from tstitch_jax.schedules import make_schedule, unknown
 from tstitch_jax.types import (
     Autoencoder,
@@ -182,7 +182,8 @@ def _fit(card: C, params: Params, dtype: Any) -> tuple[Any, Params, C]:
 def _network(card: Card, params: Params, dtype: Any) -> Network:
     schedule = check_card(card)
     module, params, card = _fit(card, params, dtype)
-    return Network(_denoiser(module, card.target, card.learned_variance), params, card, schedule)
+    denoiser = _denoiser(module, card.target, card.learned_variance)
+    return Network(denoiser, params, card, schedule, getattr(module, "rows", None))
 
 
 def _autoencoder(card: AutoencoderCard, params: Params, dtype: Any) -> Autoencoder:
@@ -237,14 +238,15 @@ def _coders(module: Any, scale: float) -> tuple[Callable[..., Any], Callable[...
         if noise is not None and noise.shape != expected:
             raise ValueError(f"noise must be {expected} like the latents, got {noise.shape}")
         more = () if noise is None else (noise,)
-        return in_chunks(one, height * width, images, *more)
+        return in_chunks(one, at_once(height * width), images, *more)
 
     def decode(params: Params, latents: jax.Array) -> jax.Array:
         def one(latents: jax.Array) -> jax.Array:
             return module.apply({"params": params}, latents / scale, method="decode")
 
         check("latents", latents, module.latent_channels, 1)
-        return in_chunks(one, latents.shape[1] * latents.shape[2] * multiple**2, latents)
+        pixels = latents.shape[1] * latents.shape[2] * multiple**2
+        return in_chunks(one, at_once(pixels), latents)
 
     return encode, decode
 

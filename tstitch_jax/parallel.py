@@ -16,6 +16,9 @@ from tstitch_jax.types import Autoencoder, Network, Params
 DATA, MODEL = "data", "model"
 """The axes of a mesh: over the one images are spread, over the other parameters."""
 
+OWN, ALL, OWN_IN_STEPS = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
+"""What each device sees: its images, everything, or its images of every step."""
+
 N = TypeVar("N", Network, Autoencoder)
 
 
@@ -152,7 +155,7 @@ def part(network: N, row: Mesh) -> N:
 
 def over_data(mesh: Mesh, value: Any) -> Any:
     """An array with its leading axis spread over "data", copied along "model"."""
-    return put(value, NamedSharding(mesh, PartitionSpec(DATA)))
+    return put(value, NamedSharding(mesh, OWN))
 
 
 def fill(mesh: Mesh, value: np.ndarray) -> np.ndarray:
@@ -161,9 +164,24 @@ def fill(mesh: Mesh, value: np.ndarray) -> np.ndarray:
     return np.concatenate([value, np.repeat(value[-1:], missing, axis=0)]) if missing else value
 
 
-def each_device(function: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
-    """``function(params, batch)``, run by each device on its own images alone."""
-    spread = PartitionSpec(DATA)
+def each_device(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Any:
+    """``function``, run along "data" by each device on its own part, of which alone it knows.
+
+    No device then waits for another. Along "model" jit spreads the work as the parameters lie.
+
+    Args:
+        function: What to run.
+        mesh: On what.
+        inputs, outputs: ``OWN``, ``ALL`` or ``OWN_IN_STEPS`` for each.
+    """
+    manual = {DATA, MODEL} if mesh.shape[MODEL] == 1 else {DATA}
     return jax.shard_map(
-        function, mesh=mesh, in_specs=(PartitionSpec(), spread), out_specs=spread, check_vma=False
+        function, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=manual, check_vma=False
     )
+
+
+def platform_of(network: Network) -> str:
+    """Of the devices that a network lies on, ``"cpu"``, ``"gpu"`` or ``"tpu"``; "" if none."""
+    leaf = jax.tree.leaves(network.params)[0]
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    return next(iter(sharding.device_set)).platform if sharding is not None else ""

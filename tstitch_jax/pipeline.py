@@ -29,7 +29,7 @@ from tstitch_jax.checks import (
 )
 from tstitch_jax.guidance import autoguide, cfg, guidance_interval
 from tstitch_jax.plan import Plan, check_fractions
-from tstitch_jax.prediction import at_equal_snr, with_cond, without_variance
+from tstitch_jax.prediction import at_equal_snr, by_rows, with_cond, without_variance
 from tstitch_jax.sampler import Step, draw_noise, image_keys, iterate, run
 from tstitch_jax.schedules import last_steps, make_knots, match_snr
 from tstitch_jax.solvers import make_solver
@@ -120,13 +120,8 @@ class Inputs(NamedTuple):
     coder_params: Any
 
 
-def _coder(function: Callable[..., jax.Array], mesh: Mesh | None) -> Callable[..., jax.Array]:
-    """An encoder or decoder, which works in pieces of the batch: of each device's own."""
-    return function if mesh is None else parallel.each_device(function, mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "encoder", "mesh"))
-def _begin(inputs, *, shape, encoder, mesh):
+@functools.partial(jax.jit, static_argnames=("shape", "encoder"))
+def _begin(inputs, *, shape, encoder):
     """The keys of the images, and the state at the first point."""
     keys, noise, start = image_keys(inputs.key, inputs.indices), inputs.noise, inputs.start
     if noise is None:
@@ -134,16 +129,16 @@ def _begin(inputs, *, shape, encoder, mesh):
     if start is None:
         return keys, noise
     if encoder is not None:
-        start = _coder(encoder, mesh)(inputs.coder_params, start)
+        start = encoder(inputs.coder_params, start)
     alpha, sigma = (jnp.asarray(v)[0] for v in (inputs.knots.alpha, inputs.knots.sigma))
     return keys, alpha * start + sigma * noise
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "finish", "mesh"))
-def _finish(x, coder_params, *, decoder, finish, mesh):
+@functools.partial(jax.jit, static_argnames=("decoder", "finish"))
+def _finish(x, coder_params, *, decoder, finish):
     """Images out of the last state."""
     if decoder is not None:
-        x = _coder(decoder, mesh)(coder_params, x)
+        x = decoder(coder_params, x)
     return x if finish is None else finish(x)
 
 
@@ -161,11 +156,24 @@ def to_pixels(x: Float[Array, "b h w c"]) -> tuple[UInt8[Array, "b h w c"], Bool
     return pixels, jnp.isfinite(x).all(axis=(1, 2, 3))
 
 
-def _draw(
-    inputs, *, denoiser, solver, shape, encoder, decoder, finish, mesh, return_trajectory,
+def _draw(inputs, *, mesh, **static):
+    """Keys, labels and parameters to images. On a mesh each device does its own images alone."""
+    if mesh is None:
+        return _draw_here(inputs, **static)
+    own, everything = parallel.OWN, parallel.ALL
+    specs: Any = [everything] * len(inputs)
+    specs = Inputs(*specs)._replace(**dict.fromkeys(("indices", "labels", "noise", "start"), own))
+    kept = sum(static[name] for name in ("return_trajectory", "return_predictions"))
+    out = (own, *[parallel.OWN_IN_STEPS] * kept) if kept else own
+    function = functools.partial(_draw_here, **static)
+    return parallel.each_device(function, mesh, (specs,), out)(inputs)
+
+
+def _draw_here(
+    inputs, *, denoiser, solver, shape, encoder, decoder, finish, return_trajectory,
     return_predictions,
 ):  # fmt: skip
-    keys, x = _begin(inputs, shape=shape, encoder=encoder, mesh=mesh)
+    keys, x = _begin(inputs, shape=shape, encoder=encoder)
     result = run(
         denoiser,
         _solver(solver, inputs.eta),
@@ -178,7 +186,7 @@ def _draw(
         return_predictions=return_predictions,
     )
     x, *kept = result if isinstance(result, tuple) else (result,)
-    x = _finish(x, inputs.coder_params, decoder=decoder, finish=finish, mesh=mesh)
+    x = _finish(x, inputs.coder_params, decoder=decoder, finish=finish)
     return (x, *kept) if kept else x
 
 
@@ -233,7 +241,7 @@ class Sampling:
             if isinstance(result, tuple):
                 return wanted(result[0]), *(jax.vmap(wanted)(kept) for kept in result[1:])
             return wanted(result)
-        chosen = {name: static[name] for name in ("shape", "encoder", "mesh")}
+        chosen = {name: static[name] for name in ("shape", "encoder")}
         keys, x = _begin(inputs, **chosen)
         solver = _solver(static["solver"], None if inputs.eta is None else float(inputs.eta))
         steps = iterate(
@@ -247,7 +255,7 @@ class Sampling:
             callback(step)
             asked = ((step.x, "return_trajectory"), (step.x0, "return_predictions"))
             kept.append([value for value, name in asked if static[name]])
-        chosen = {name: static[name] for name in ("decoder", "finish", "mesh")}
+        chosen = {name: static[name] for name in ("decoder", "finish")}
         x = wanted(_finish(x, inputs.coder_params, **chosen))
         return (x, *map(jnp.stack, zip(*kept, strict=True))) if kept[0] else x
 
@@ -390,7 +398,9 @@ def prepare(
 
     if cfg_interval is not None and auto_scale is None and all(s is None for s in scales):
         raise ValueError("cfg_interval says where to guide, but cfg_scale None guides nowhere")
-    denoisers: list[Denoiser] = [network.denoiser for network in networks]
+    # Pieces suit a TPU's memory; on others, and where jit spreads a batch, they are not worth it.
+    tpu = parallel.platform_of(networks[0]) == "tpu"
+    denoisers = [_by_rows(n.denoiser, n.rows) if tpu and n.rows else n.denoiser for n in networks]
     if len({each.learned_variance for each in cards}) > 1:
         denoisers = [_plain(denoiser) for denoiser in denoisers]
     params = tuple(network.params for network in networks)
@@ -438,6 +448,7 @@ def prepare(
 
 # One function per denoiser and encoder, so that jit knows it again.
 _plain = functools.cache(without_variance)
+_by_rows = functools.cache(by_rows)
 
 
 @functools.cache

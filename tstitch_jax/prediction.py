@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,38 @@ def without_variance(denoiser: Denoiser) -> Denoiser:
         return denoiser(params, x, knot, cond)._replace(variance=None)
 
     return plain
+
+
+def in_chunks(code: Callable[..., Any], size: int, *batches: Any) -> Any:
+    """``code(*batches)``, at most ``size`` rows at a time, one piece after another.
+
+    Takes and returns pytrees of arrays with a leading batch axis. On a batch that is spread over
+    devices each piece would lie on one: map it over the devices first (``jax.shard_map``).
+    """
+    rows = len(jax.tree.leaves(batches)[0])
+    if rows <= size:
+        return code(*batches)
+    chunks = -(-rows // size)
+    size = -(-rows // chunks)  # equal pieces, as each size is a program
+
+    def split(batch: jax.Array) -> jax.Array:
+        batch = jnp.pad(batch, [(0, chunks * size - rows)] + [(0, 0)] * (batch.ndim - 1))
+        return batch.reshape(chunks, size, *batch.shape[1:])
+
+    pieces = jax.lax.map(lambda chunk: code(*chunk), jax.tree.map(split, batches))
+    return jax.tree.map(lambda v: v.reshape(chunks * size, *v.shape[2:])[:rows], pieces)
+
+
+def by_rows(denoiser: Denoiser, rows: int) -> Denoiser:
+    """The same denoiser, asked for at most so many rows at a time (``Network.rows``).
+
+    For a device whose fast memory holds the activations of so many; see ``in_chunks``.
+    """
+
+    def pieces(params: Params, x: jax.Array, knot: Knots, cond: Cond, /) -> Prediction:
+        return in_chunks(lambda x, cond: denoiser(params, x, knot, cond), rows, x, cond)
+
+    return pieces
 
 
 def with_cond(denoiser: Denoiser, select: Callable[[Cond], Cond]) -> Denoiser:

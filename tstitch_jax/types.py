@@ -202,12 +202,22 @@ class AutoencoderCard(BaseCard):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """A denoiser with its parameters and its card: what ``load`` returns."""
+    """A denoiser with its parameters and its card: what ``load`` returns.
+
+    Attributes:
+        denoiser: The denoiser.
+        params: Its parameters.
+        card: What it is.
+        schedule: The forward process it was trained on.
+        rows: How many rows a TPU's fast memory holds the activations of, above which ``sample``
+            lets it work in pieces; None for any number. Guidance asks for two rows an image.
+    """
 
     denoiser: Denoiser
     params: Params
     card: Card
     schedule: Schedule
+    rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

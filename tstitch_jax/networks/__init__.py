@@ -59,6 +59,9 @@ def count_macs(function: Callable[..., Any], *arguments: Any) -> int:
             for inner in equation.params.values():  # a call's own program, open or closed
                 inner = getattr(inner, "jaxpr", inner)
                 total += count(inner) if hasattr(inner, "eqns") else 0
+            # Of a choice one branch runs.
+            branches = equation.params.get("branches", ())
+            total += max((count(branch.jaxpr) for branch in branches), default=0)
         return total
 
     return count(jax.make_jaxpr(function)(*arguments).jaxpr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -179,9 +178,6 @@ class KLAutoencoder(nn.Module):
         return self.decode(self.moments(images)[0])
 
 
-def in_chunks(code: Callable[..., jax.Array], pixels: int, *batches: jax.Array) -> jax.Array:
-    """``code(*batches)``, in pieces of ``CHUNK_PIXELS`` (or one image) with ``pixels`` an image."""
-    size = max(1, CHUNK_PIXELS // pixels)
-    if len(batches[0]) <= size:
-        return code(*batches)
-    return jax.lax.map(lambda one: code(*(a[None] for a in one))[0], batches, batch_size=size)
+def at_once(pixels: int) -> int:
+    """How many images of so many pixels are coded at a time."""
+    return max(1, CHUNK_PIXELS // pixels)

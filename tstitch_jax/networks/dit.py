@@ -27,6 +27,14 @@ FREQUENCIES = 256
 VARIANTS = ("dit", "sit", "diffusers")
 """What of the published programs the parameters do not show; see ``DiT.variant``."""
 
+LOGITS = 2**24
+"""Attention of more logits than this goes in groups of heads, so that those of a group stay in a
+TPU's fast memory."""
+
+TOKENS_BY_WIDTH = 4096 * 1152
+"""Activations of a layer above which a batch is better sampled from in pieces, for the same sake;
+see ``DiT.rows``."""
+
 _xavier = nn.initializers.xavier_uniform()
 _normal = nn.initializers.normal(0.02)
 _zeros = nn.initializers.zeros
@@ -78,6 +86,48 @@ def modulate(
     return (x * (1 + scale) + shift).astype(dtype)
 
 
+class Attention(nn.Module):
+    """Self-attention up to its output projection; the parameters are those of q, k and v."""
+
+    num_heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        batch, tokens, width = x.shape
+        kernel = self.param("kernel", _xavier, (width, 3 * width)).astype(self.dtype)
+        bias = self.param("bias", _zeros, (3 * width,)).astype(self.dtype)
+        logits = batch * self.num_heads * tokens**2
+        divisors = (g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0)
+        groups = next((g for g in divisors if logits // g <= LOGITS), self.num_heads)
+        size, heads = width // groups, self.num_heads // groups
+
+        # Features before tokens: heads whose width is no multiple of 128 then need no padding.
+        def project(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Float[Array, "b f n"]:
+            return jnp.einsum("bnd,df->bfn", x, kernel) + bias[:, None]
+
+        def whole(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
+            return jnp.split(project(x, kernel, bias), 3 * groups, axis=1)
+
+        def apart(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
+            parts = jnp.split(kernel, 3 * groups, axis=1), jnp.split(bias, 3 * groups)
+            return [project(x, *part) for part in zip(*parts, strict=True)]
+
+        # TPUs read a part of the kernel where it lies, but copy parts of a product; CPUs the
+        # other way round.
+        parts = jax.lax.platform_dependent(x, kernel, bias, tpu=apart, default=whole)
+
+        def attend(*parts: jax.Array) -> Float[Array, "b f n"]:
+            q, k, v = (part.reshape(batch, heads, size // heads, tokens) for part in parts)
+            logits = jnp.einsum("bhdn,bhdm->bhnm", q, k, preferred_element_type=jnp.float32)
+            # Softmax in float32, whatever the compute dtype.
+            weights = nn.softmax(logits / math.sqrt(size // heads)).astype(self.dtype)
+            return jnp.einsum("bhnm,bhdm->bhdn", weights, v).reshape(batch, size, tokens)
+
+        h = jnp.concatenate([attend(*parts[i::groups]) for i in range(groups)], axis=1)
+        return h.swapaxes(1, 2)
+
+
 class Block(nn.Module):
     """One transformer block with adaLN-Zero conditioning."""
 
@@ -97,12 +147,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada, 6, axis=-1)
 
         h = modulate(x, shift1, scale1, self.dtype)
-        qkv = dense(3 * width, "qkv")(h)
-        q, k, v = jnp.moveaxis(
-            qkv.reshape(*h.shape[:2], 3, self.num_heads, width // self.num_heads), 2, 0
-        )
-        # Its logits and softmax are float32 whatever the inputs' dtype.
-        h = jax.nn.dot_product_attention(q, k, v).reshape(h.shape)
+        h = Attention(self.num_heads, self.dtype, name="qkv")(h)
         x = x + gate1[:, None] * dense(width, "attention_out")(h)
 
         h = modulate(x, shift2, scale2, self.dtype, self.mlp_epsilon)
@@ -160,6 +205,14 @@ class DiT(nn.Module):
         shapes = ((batch, *self.image_shape), (batch,), (batch,))
         dtypes = (jnp.float32, jnp.float32, jnp.int32)
         return tuple(map(jax.ShapeDtypeStruct, shapes, dtypes))
+
+    @property
+    def rows(self) -> int:
+        """How many rows are best sampled at a time; a larger batch leaves a TPU's fast memory."""
+        height, width, _ = self.image_shape
+        tokens = height * width // self.patch**2
+        by_logits = 2 * LOGITS // (self.num_heads * tokens**2)
+        return max(1, min(TOKENS_BY_WIDTH // (tokens * self.width), by_logits))
 
     @nn.compact
     def __call__(
