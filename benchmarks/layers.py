@@ -14,7 +14,10 @@ import sys
 import time
 
 if __name__ == "__main__" and sys.argv[1:2] == ["tpu"]:
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.update(
+        JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )  # fmt: skip
 
 import jax
 import jax.numpy as jnp

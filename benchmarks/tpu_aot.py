@@ -20,7 +20,10 @@ import time
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.update(
+        JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )  # fmt: skip
 
 import jax
 import jax.numpy as jnp

@@ -41,10 +41,13 @@ def test_targets_agree(target):
 
 
 def count_eqns(jaxpr, name):
-    """How often a primitive stands in a jaxpr, at any depth."""
-    total = 0
+    """How often a primitive stands in a jaxpr, at any depth, but for a choice by platform."""
+    total, by_platform = 0, set()
     for eqn in jaxpr.eqns:
-        total += eqn.primitive.name == name
+        if eqn.primitive.name == "platform_index" or by_platform & set(map(id, eqn.invars)):
+            by_platform |= set(map(id, eqn.outvars))
+        else:
+            total += eqn.primitive.name == name
         for value in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
         ):

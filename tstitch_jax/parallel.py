@@ -37,8 +37,9 @@ def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
         raise ValueError(
             f"model must be a whole number that divides the {len(devices)} devices, got {model!r}"
         )
-    shape, automatic = (len(devices) // model, model), (AxisType.Auto,) * 2
-    return jax.make_mesh(shape, (DATA, MODEL), automatic, devices=devices)
+    # Neighbours share a network; automatic axes are those that jit spreads by itself.
+    grid = np.array(devices).reshape(-1, model)
+    return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
 def _split(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -78,7 +79,6 @@ def _axes(mesh: Any) -> Mesh:
         raise ValueError(f'mesh needs an axis "data", and may have "model" (make_mesh), got {axes}')
     devices = mesh.devices.T if mesh.axis_names == (MODEL, DATA) else mesh.devices
     devices = devices.reshape(-1, mesh.shape.get(MODEL, 1))
-    # Automatic axes, which jit spreads by itself.
     return Mesh(devices, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-CHUNK_PIXELS = 8 * 256 * 256
-"""Larger batches of images are coded in pieces of so many pixels, one after another, which bounds
-the memory of the wide layers at full resolution."""
+CHUNK_PIXELS = 256 * 256
+"""Larger batches of images are coded in pieces of so many pixels (or one image), one after another,
+which bounds the memory of the wide layers at full resolution, and a TPU's compile time."""
 
 
 def _norm(x: jax.Array, groups: int, name: str) -> jax.Array:

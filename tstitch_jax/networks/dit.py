@@ -95,8 +95,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         batch, tokens, width = x.shape
-        kernel = self.param("kernel", _xavier, (width, 3 * width)).astype(self.dtype)
-        bias = self.param("bias", _zeros, (3 * width,)).astype(self.dtype)
+        kernel = jnp.asarray(self.param("kernel", _xavier, (width, 3 * width)), self.dtype)
+        bias = jnp.asarray(self.param("bias", _zeros, (3 * width,)), self.dtype)
         logits = batch * self.num_heads * tokens**2
         divisors = (g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0)
         groups = next((g for g in divisors if logits // g <= LOGITS), self.num_heads)

@@ -1,0 +1,71 @@
+"""The real TPU compiler, which needs no TPU: the sampler for each kind of them.
+
+Networks are small here; ``benchmarks/tpu_aot.py --check`` does the same with the published ones.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import GOLDEN, tiny_card
+from test_parallel import COLLECTIVES
+
+import tstitch_jax as ts
+from checkpoints_convert import convert
+from tstitch_jax import checkpoint, pipeline
+from tstitch_jax.networks import param_shapes
+
+pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
+
+
+def shapes(card, mesh):
+    make = ts.make_network if isinstance(card, ts.Card) else ts.make_autoencoder
+    return ts.shard(make(card, param_shapes(checkpoint.module_of(card)), jnp.bfloat16), mesh)
+
+
+@pytest.fixture(scope="module")
+def coder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coder") / "vae"
+    convert(GOLDEN / "diffusers_tiny" / "vae", folder)
+    return checkpoint.read_card(folder)
+
+
+def prepare(topology, coder, model=1, **more):
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = ts.make_mesh(model, devices)
+    pair = [shapes(tiny_card(name, width=width), mesh) for name, width in (("a", 128), ("b", 256))]
+    return pipeline.prepare(
+        jax.random.key(0), pair, labels=[1] * (2 * len(devices)), fractions=[0.5, 0.5], steps=7,
+        autoencoder=shapes(coder, mesh), **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
+def test_it_compiles_without_collectives(topology, coder, standard_promotion):
+    request = prepare(topology, coder)
+    program = request.compile()
+    text = program.as_text()
+    assert not COLLECTIVES.search(text)
+    assert "conditional(" in text
+    # The plan is an argument, so that one program serves every ratio.
+    assert re.search(r"s32\[7\]\S* parameter\(", text)
+    memory = program.memory_analysis()
+    params = jax.tree.leaves(request.inputs.given.params)
+    assert (
+        memory.argument_size_in_bytes < 1.5 * sum(v.size * v.dtype.itemsize for v in params) + 2e6
+    )
+
+
+def test_pieces_of_a_large_batch(coder, standard_promotion, monkeypatch):
+    """Networks work in pieces where a device has more rows than its fast memory holds."""
+    monkeypatch.setattr("tstitch_jax.networks.dit.TOKENS_BY_WIDTH", 2 * 16 * 256)
+    text = prepare("v5e:2x2", coder, solver="ddpm").compile().as_text()
+    assert not COLLECTIVES.search(text)
+    assert text.count(" while(") >= 2
+
+
+def test_a_model_axis(coder, standard_promotion):
+    assert COLLECTIVES.search(prepare("v5e:2x2", coder, model=4).compile().as_text())
