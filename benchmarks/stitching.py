@@ -1,6 +1,7 @@
 """What stitching costs: time of a stitched run, compile time, memory.
 
     python benchmarks/stitching.py steps      # time of a run against the sum of its steps
+    python benchmarks/stitching.py loops      # one scan with a switch against two loops without
     python benchmarks/stitching.py compile    # DiT-S/2 + DiT-XL/2, by number of steps
     python benchmarks/stitching.py memory     # peak memory of that pair, against its parameters
 
@@ -53,6 +54,51 @@ def steps() -> None:
               f"{median[name] / plan.cost(per_step):.3f}")  # fmt: skip
 
 
+def loops() -> None:
+    """The one scan with its switch, against two loops with traced bounds and no switch."""
+    networks = [ts.load(name) for name in ("fashion-s", "fashion-xl")]
+    count, images = 50, 10
+    solver, knots = ts.ddim(), jax.tree.map(jnp.asarray, ts.make_knots(networks[1].schedule, count))
+    denoisers = [ts.cfg(n.denoiser, 1.5, 10) for n in networks]
+    params = [n.params for n in networks]
+    labels = jnp.arange(images)
+    x = ts.draw_noise(ts.image_keys(jax.random.key(0), labels), 0, (28, 28, 1))
+
+    @jax.jit
+    def one_scan(params, plan, x):
+        both = ts.stitch(denoisers, ts.Plan(plan, 2))
+        return ts.run(both, solver, knots, x, params=params, cond=labels)
+
+    @jax.jit
+    def two_loops(params, plan, x):
+        def step(k):
+            def body(i, x):
+                here, there = (jax.tree.map(lambda v, j=j: v[j], knots) for j in (i, i + 1))
+
+                def denoise(x, knot):
+                    return denoisers[k](params[k], x, knot, labels)
+
+                return solver.step(denoise, x, solver.init(x), here, there, None)[0]
+
+            return body
+
+        switch = jnp.sum(plan == 0)
+        return jax.lax.fori_loop(switch, count, step(1), jax.lax.fori_loop(0, switch, step(0), x))
+
+    for first in (0, 20, 50):
+        plan = jnp.asarray(ts.Plan.from_counts([first, count - first]).networks)
+        times = {one_scan: [], two_loops: []}
+        for _ in range(8):
+            for function in times:
+                start = time.perf_counter()
+                result = jax.block_until_ready(function(params, plan, x))
+                times[function].append(time.perf_counter() - start)
+        error = float(abs(result - one_scan(params, plan, x)).max())
+        ratio = np.median(np.array(times[two_loops][1:]) / np.array(times[one_scan][1:]))
+        print(f"{first} of {count} steps small: one scan {np.median(times[one_scan][1:]):.3f} s, "
+              f"two loops / one scan {ratio:.3f}, difference {error:.0e}")  # fmt: skip
+
+
 def published_pair(count: int, leaf=lambda shape: shape) -> pipeline.Sampling:
     """DiT-S/2 and DiT-XL/2 at 256 px, one guided image, asked for latents."""
     networks = [published.make(published.dit(name), leaf=leaf) for name in ("dit-s-2", "dit-xl-2")]
@@ -96,4 +142,4 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
-    {"steps": steps, "compile": compile_time, "memory": memory}[sys.argv[1]]()
+    {"steps": steps, "loops": loops, "compile": compile_time, "memory": memory}[sys.argv[1]]()

@@ -1,6 +1,7 @@
 """The whole sampler compiled for TPUs ahead of time: the compiler's estimates, no measurement.
 
     python benchmarks/tpu_aot.py [--topology v5e:2x2] [--size 256] [--images 8] [--ops 10]
+    python benchmarks/tpu_aot.py --check     # every topology and size, 8 images: does it fit?
 
 Needs libtpu (``pip install "jax[tpu]"``), but no TPU. DiT-S/2 + DiT-XL/2, guided, 50 DDIM steps,
 bfloat16, with the decoder, data-parallel over the topology's chips. Only shapes are given, nothing
@@ -168,7 +169,9 @@ def most_expensive(instructions: list[tuple[int, Instruction]], count: int) -> N
         print(f"    {total / 1e3:9.0f} k in {number[key]:4}: {' '.join(key)}")
 
 
-def report(topology: str, size: int, images: int, decode: bool, ops: int, save: str) -> None:
+def report(
+    topology: str, size: int, images: int, decode: bool, ops: int, save: str, check: bool
+) -> None:
     chip = CHIPS[topology.split(":")[0]]
     compiled, seconds, macs = compile_sampler(topology, size, images, decode)
     text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -186,6 +189,11 @@ def report(topology: str, size: int, images: int, decode: bool, ops: int, save: 
         flush=True,
     )
     (switch,) = program.switches()
+    if check:
+        assert not COLLECTIVES.search(text), "the program has collectives"
+        assert arguments + temporaries < 2.5, "the program does not fit 2.5 GB"
+        assert re.search(rf"s32\[{STEPS}\]\S* parameter\(", text), "the plan is no argument"
+        return
     for name, work, branch in zip(NAMES, macs, switch.called, strict=True):
         found = list(program.walk(branch, switch=True))
         cycles = sum(times * each.cycles for times, each in found)
@@ -224,8 +232,13 @@ if __name__ == "__main__":
     parser.add_argument("--latents", action="store_true", help="without the decoder")
     parser.add_argument("--ops", type=int, default=0, help="how many instructions to list")
     parser.add_argument("--save", default="", help="where to write the program's text")
+    parser.add_argument("--check", action="store_true", help="that it fits, without collectives")
     given = parser.parse_args()
+    if given.check:
+        given.topology, given.size, given.images = TOPOLOGIES, [256, 512], [8]
     for topology in given.topology:
         for size in given.size:
             for images in given.images:
-                report(topology, size, images, not given.latents, given.ops, given.save)
+                report(
+                    topology, size, images, not given.latents, given.ops, given.save, given.check
+                )

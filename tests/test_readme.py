@@ -14,7 +14,9 @@ from checkpoints_convert import convert
 from tstitch_jax import cli
 
 ROOT = Path(__file__).parents[1]
-README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/sampling.md"))
+README, GUIDE, SCALE = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/sampling.md", "docs/scale.md")
+)
 
 
 def blocks(language, text=README):
@@ -63,9 +65,27 @@ def test_the_guide(tmp_path, monkeypatch, capsys):
         assert f"`{name}`" in GUIDE
 
 
+def test_the_guide_to_scale(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path))
+    load = ts.load
+    monkeypatch.setattr(ts, "load", lambda name, *a, **k: load("fashion-s", *a, **k))
+    (export,) = (line for line in blocks("sh", SCALE) if "export" in line)
+    assert cli.main(shlex.split(export)[1:]) == 0
+    names, shapes = {}, []
+    with jax.numpy_dtype_promotion("standard"):
+        for block in blocks("python", SCALE):
+            exec(block, names)
+            if "images" in names:
+                shapes.append(names["images"].shape)
+                assert float(np.std(names["images"])) > 0.3
+    assert shapes == [(3, 28, 28, 1), (8, 2, 28, 28, 1), (2, 28, 28, 1)]
+
+
 COMMANDS = [
     shlex.split(line, comments=True)
-    for block in blocks("sh")
+    for text in (README, SCALE)
+    for block in blocks("sh", text)
     for line in block.splitlines()
     if line.startswith("tstitch")
 ]
@@ -80,6 +100,6 @@ def test_commands_are_ones_that_there_are(command):
 def test_the_two_commands_and_the_links():
     assert "make demo" in README
     assert "make test" in README
-    for folder, text in ((ROOT, README), (ROOT / "docs", GUIDE)):
+    for folder, text in ((ROOT, README), (ROOT / "docs", GUIDE), (ROOT / "docs", SCALE)):
         for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
             assert (folder / link).exists(), link

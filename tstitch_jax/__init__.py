@@ -47,7 +47,7 @@ from tstitch_jax.types import (
     Solver,
 )
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "SOLVERS",
