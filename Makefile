@@ -8,7 +8,8 @@ CONSTRAINTS ?=
 # The tests that need neither training, nor the command line, nor full-size networks.
 QUICK := tests/test_published.py tests/test_plan.py tests/test_schedules.py \
 	tests/test_prediction.py tests/test_sampler.py tests/test_checkpoint.py tests/test_pipeline.py \
-	tests/test_solvers.py tests/test_parallel.py tests/test_export.py tests/test_convert.py tests/test_torch_zip.py tests/test_hub.py
+	tests/test_solvers.py tests/test_parallel.py tests/test_export.py tests/test_convert.py \
+	tests/test_torch_zip.py tests/test_hub.py
 # For `make networks`, e.g. --data fashion_mnist.npz; without it tensorflow-datasets is asked.
 DATA ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)

@@ -39,7 +39,7 @@ def _settings(
     """All that an image's bytes depend on."""
     mesh = parallel.mesh_of(*networks)
     owners = [*networks, *([] if autoencoder is None else [autoencoder])]
-    leaves = jax.tree.leaves(owners[0].params)
+    leaves = [jax.tree.leaves(owner.params) for owner in owners]
 
     def plain(value: Any) -> Any:
         return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
@@ -49,14 +49,15 @@ def _settings(
         "networks": [network.card.name for network in networks],
         "autoencoder": None if autoencoder is None else autoencoder.card.name,
         "checksums": [owner.card.checksum for owner in owners],
-        "dtypes": sorted({str(leaf.dtype) for leaf in leaves}),
+        "schedules": [network.card.schedule for network in networks],
+        "dtypes": [sorted({str(leaf.dtype) for leaf in own}) for own in leaves],
         "plan": np.asarray(request.plan.networks).tolist(),
         "times": np.asarray(request.inputs.knots.time, np.float64).tolist(),
         **{name: jax.tree.map(plain, value) for name, value in sorted(options.items())},
         "seed": seed,
         "labels": [int(label) for label in labels],
         "batch": batch,
-        "platform": next(iter(leaves[0].devices())).platform,
+        "platform": next(iter(leaves[0][0].devices())).platform,
         "model devices": 1 if mesh is None else mesh.shape[parallel.MODEL],
     }
 

@@ -155,6 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = "".join(c if c.isprintable() else "?" for c in line)
         print(f"tstitch: error: {line}", file=sys.stderr)
         status = 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).strip().splitlines()[0]
+        print(f"tstitch: error: too many images at a time for the device: {first}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("tstitch: stopped", file=sys.stderr)
         status = 130
