@@ -113,7 +113,7 @@ def test_bad_conversions(arguments, message, tmp_path, capsys, monkeypatch):
 def test_the_picture_without_arguments(capsys, tmp_path, monkeypatch):
     """The embedded pair: six rows, ten columns. Few steps, as only the defaults are in question."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "REPEATS", 1)
+    monkeypatch.setattr(cli.sampling, "REPEATS", 1)
     status, out, _ = run(capsys, "sample", "--steps", "5")
     assert status == 0
     rows = [line.split() for line in out.splitlines()[2:8]]
@@ -135,7 +135,7 @@ def test_the_picture_without_arguments(capsys, tmp_path, monkeypatch):
 
 
 def test_fractions_labels_and_seed(capsys, tmp_path, folders, monkeypatch):
-    monkeypatch.setattr(cli, "REPEATS", 1)
+    monkeypatch.setattr(cli.sampling, "REPEATS", 1)
     out_file = tmp_path / "deep" / "grid.png"
     common = ["--networks", folders["a"], folders["b"], folders["a"], "--steps", "4"]
     status, out, _ = run(
@@ -150,7 +150,7 @@ def test_fractions_labels_and_seed(capsys, tmp_path, folders, monkeypatch):
 
 
 def test_every_option_of_sampling(capsys, tmp_path, folders, monkeypatch):
-    monkeypatch.setattr(cli, "REPEATS", 1)
+    monkeypatch.setattr(cli.sampling, "REPEATS", 1)
     monkeypatch.chdir(tmp_path)
     ts.Plan.interleaved([1, 1], 4).save("turns.json")
     status, out, err = run(
@@ -170,7 +170,7 @@ def test_every_option_of_sampling(capsys, tmp_path, folders, monkeypatch):
 
 
 def test_the_seed_reaches_the_noise(capsys, tmp_path, folders, monkeypatch):
-    monkeypatch.setattr(cli, "REPEATS", 1)
+    monkeypatch.setattr(cli.sampling, "REPEATS", 1)
     drawn = []
     monkeypatch.setattr(
         pictures, "grid", lambda images, *a, **k: drawn.append(images) or Image.new("L", (1, 1))
@@ -183,7 +183,7 @@ def test_the_seed_reaches_the_noise(capsys, tmp_path, folders, monkeypatch):
 
 
 def test_one_network(capsys, tmp_path, folders, monkeypatch):
-    monkeypatch.setattr(cli, "REPEATS", 1)
+    monkeypatch.setattr(cli.sampling, "REPEATS", 1)
     status, out, _ = run(
         capsys, "sample", "--networks", folders["c"], "--steps", "3", "--solver", "ddpm",
         "--out", tmp_path / "one.png",
@@ -288,7 +288,7 @@ def test_train(capsys, tmp_path, monkeypatch):
 
 def test_the_projects_configurations_are_the_embedded_networks():
     for name in ("fashion-s", "fashion-xl"):
-        config = cli._load_config(str(ROOT / "configs" / f"{name.replace('-', '_')}.py"))
+        config = cli.networks._load_config(str(ROOT / "configs" / f"{name.replace('-', '_')}.py"))
         card = checkpoint.read_card(hub.find(name))
         for field in ("name", "architecture", "config", "target", "schedule", "class_names"):
             assert getattr(config.card, field) == getattr(card, field)

@@ -273,7 +273,7 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, capsys):
         while process.poll() is None and len(list(job.glob("shards/*.npz"))) < wanted:
             time.sleep(0.005)
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL  # it was at work
     assert cli.main([*COMMAND, "--out", str(job)]) == 0
     assert same(job / "samples.npz", tmp_path / "unbroken" / "samples.npz")
 

@@ -167,7 +167,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status:
         leave_hosts(status)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
