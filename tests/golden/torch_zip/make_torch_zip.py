@@ -1,9 +1,12 @@
-"""Writes the goldens of ``tests/test_torch_zip.py`` beside itself; needs torch.
+"""Writes the goldens of ``test_torch_zip.py`` and ``test_torch_legacy.py`` beside itself.
 
-Run once:  python make_torch_zip.py
+Run once, with torch:  python make_torch_zip.py
+
+The legacy files differ from run to run, as their storages are named by addresses.
 """
 
 import argparse
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 
@@ -62,6 +65,38 @@ expected |= {f"exp_avg/{k}": v["exp_avg"].numpy() for k, v in training["opt"]["s
 np.savez_compressed(FOLDER / "expected.npz", **expected)
 
 torch.save({"x": base}, FOLDER / "legacy.pt", _use_new_zipfile_serialization=False)
+for name, value, protocols in (("tensors", tensors, (1, 2, 4)), ("training", training, (2, 4))):
+    for protocol in protocols:
+        torch.save(
+            value,
+            FOLDER / f"legacy_{name}_{protocol}.pt",
+            pickle_protocol=protocol,
+            _use_new_zipfile_serialization=False,
+        )
+
+
+class Views(pickle.Pickler):
+    """Names a storage that is a part of another as torch did while it had such."""
+
+    def persistent_id(self, obj):
+        if not isinstance(obj, torch.storage.TypedStorage):
+            return None
+        offset, size = (obj.data_ptr() - base.data_ptr()) // 4, len(obj)
+        view = None if size == base.numel() else (f"view {offset}", offset, size)
+        return "storage", torch.FloatStorage, "root", "cpu", base.numel(), view
+
+
+part = torch.empty(0).set_(base.untyped_storage()[24:56], 1, (2, 3), (3, 1))
+views = {"part": part, "base": base, "transposed": part.T}
+system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+with open(FOLDER / "legacy_views.pt", "wb") as file:
+    for value in (0x1950A86A20F9469CFC6C, 1001, system):
+        pickle.dump(value, file, 2)
+    Views(file, 2).dump(views)
+    pickle.dump(["root"], file, 2)
+    file.write(base.numel().to_bytes(8, "little") + base.numpy().tobytes())
+loaded = torch.load(FOLDER / "legacy_views.pt")
+assert all(torch.equal(loaded[name], view) for name, view in views.items())
 torch.save({"x": torch.tensor([1 + 2j]).conj()}, FOLDER / "conjugated.pt")
 
 script = torch.jit.ScriptModule()
