@@ -1,5 +1,6 @@
 """A sampler as a file: JAX alone draws from it what the library draws."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -59,6 +60,28 @@ def test_jax_alone_samples_the_same(parts, tmp_path):
     about = json.loads(str(np.load(file)["about"]))
     assert about["platforms"] == ["cpu", "cuda", "tpu"]
     assert about["checksums"] == [network.card.checksum for network in networks]
+
+
+def test_pieces_are_for_tpus_alone(parts, tmp_path):
+    file = tmp_path / "sampler.npz"
+
+    def export(rows, *platforms):
+        networks = [dataclasses.replace(network, rows=rows) for network in parts[0]]
+        ts.export(file, networks, labels=[1, 2, 3, 4, 5], fractions=[0.5, 0.5], decode=False,
+                  platforms=platforms, **OPTIONS)  # fmt: skip
+        stored = np.load(file)
+        program = jax.export.deserialize(bytearray(stored["program"]))
+        return program, stored, program.mlir_module().count("stablehlo.while")
+
+    for platforms, pieces in ((["cpu"], 0), (["tpu"], 2), (["cpu", "cuda", "tpu"], 2)):
+        assert export(2, *platforms)[2] == export(None, *platforms)[2] + pieces
+    every, stored, _ = export(2, "cpu", "cuda", "tpu")
+    plain, *_ = export(None, "cpu")
+    weights = [stored[name] for name in stored.files if name.startswith("weight_")]
+    arguments = weights, *(stored[name] for name in ("seed", "labels", "plan", "scales"))
+    compiled = [jax.jit(each.call).lower(*arguments).compile() for each in (plain, every)]
+    assert len({each.as_text().count(" while(") for each in compiled}) == 1
+    np.testing.assert_array_equal(*(each(*arguments) for each in compiled))
 
 
 def test_bfloat16_and_no_guidance(tmp_path, standard_promotion):

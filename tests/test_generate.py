@@ -1,5 +1,6 @@
 """Many images: stopped anywhere, the folder ends the same to the byte."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -171,8 +172,58 @@ def test_other_settings_are_refused(network, unbroken, change, message):
 
 def test_other_weights_are_refused(unbroken):
     other = tiny_network(1, image_shape=(8, 8, 3), guidance_channels=None)
-    with pytest.raises(ValueError, match=r"checksums was .*, is "):
+    with pytest.raises(ValueError, match=r"cards\[0\] checksum was .*, is "):
         generate(unbroken.parent, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(target="v"), 'target was "eps", is "v"'),
+        (dict(guidance_channels=2), "guidance_channels was null, is 2"),
+        (dict(consistency=True), "consistency was false, is true"),
+        (dict(config_variant="sit"), 'config variant was null, is "sit"'),
+        (dict(schedule={"name": "cosine"}), 'schedule name was "linear", is "cosine"'),
+    ],
+)
+def test_an_edited_card_is_refused(network, unbroken, change, message):
+    card = network.card
+    if "config_variant" in change:
+        change = dict(config=card.config | {"variant": change["config_variant"]})
+    edited = ts.make_network(dataclasses.replace(card, **change), network.params)
+    with pytest.raises(ValueError, match=rf"cards\[0\] {message}"):
+        generate(unbroken.parent, edited)
+    described = dataclasses.replace(card, source="elsewhere", license="mine", data="others")
+    assert same(generate(unbroken.parent, ts.make_network(described, network.params)), unbroken)
+
+
+def test_another_jax_is_refused(network, unbroken, monkeypatch):
+    with (
+        jax.default_matmul_precision("tensorfloat32"),
+        pytest.raises(ValueError, match=r'matmul precision was "highest", is "tensorfloat32"'),
+    ):
+        generate(unbroken.parent, network)
+    monkeypatch.setattr(jax, "__version__", "0.1")
+    with pytest.raises(ValueError, match=r'jax was "[\d.]+", is "0\.1"'):
+        generate(unbroken.parent, network)
+
+
+def test_pngs_are_those_of_the_file(network, tmp_path):
+    """Whatever lies there: damaged ones are made again, those of more images are removed."""
+    path = generate(tmp_path / "job", network, num=7, png=True)
+    pixels, folder = np.load(path)["arr_0"], path.parent / "png"
+    for i, damage in ((1, b""), (2, (folder / "0000003.png").read_bytes()), (4, b"\x89PNG")):
+        (folder / f"{i:07d}.png").write_bytes(damage)
+    (folder / "0000000.png").unlink()
+    others = ("mine.png", "00000005.png", "0000009.txt")
+    for name in others:
+        (folder / name).write_bytes(b"")
+    kept = (folder / "0000003.png").stat().st_mtime_ns
+    generate(tmp_path / "job", network, num=5, png=True)
+    assert {p.name for p in folder.iterdir()} == {*others, *(f"{i:07d}.png" for i in range(5))}
+    for i in range(5):
+        np.testing.assert_array_equal(Image.open(folder / f"{i:07d}.png"), pixels[i])
+    assert (folder / "0000003.png").stat().st_mtime_ns == kept
 
 
 def test_places_that_are_refused(network, unbroken, tmp_path):
@@ -258,18 +309,23 @@ def test_images_that_are_not_finite_are_not_kept(tmp_path):
 COMMAND = ["generate", "--networks", "fashion-s", "--num", "40", "--batch", "4", "--steps", "10"]
 
 
+def command(*arguments):
+    """The real program, in a process of one device."""
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tstitch_jax.cli", *arguments], env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 def test_killed_at_any_moment(tmp_path, monkeypatch, capsys):
     """The real program, kill -9, and the same command again."""
     monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path / "cache"))
     assert cli.main([*COMMAND, "--out", str(tmp_path / "unbroken")]) == 0
     assert "40 images" in capsys.readouterr().out
     job = tmp_path / "job"
-    environment = os.environ | {"XLA_FLAGS": ""}
     for wanted in (1, 4):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tstitch_jax.cli", *COMMAND, "--out", str(job)],
-            env=environment, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = command(*COMMAND, "--out", str(job))
         while process.poll() is None and len(list(job.glob("shards/*.npz"))) < wanted:
             time.sleep(0.005)
         process.kill()
@@ -278,10 +334,14 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, capsys):
     assert same(job / "samples.npz", tmp_path / "unbroken" / "samples.npz")
 
 
-def two_hosts(folder, job):
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def two_hosts(folder, job):
+    port = free_port()
     script = Path(__file__).with_name("two_hosts.py")
     environment = os.environ | {"PYTHONPATH": f"{script.parent}:{script.parents[1]}"}
     return [
@@ -311,14 +371,20 @@ def test_two_hosts_sample_as_one(tmp_path):
 
 def test_two_hosts_generate_as_one(tmp_path, unbroken, network):
     """One is killed: the other says so and stops. Both again: the end is the same."""
-    first, second = two_hosts(tmp_path, "die")
-    for line in second.stdout:
-        if "dying" in line:
-            break
-    second.kill()
-    said = first.communicate(timeout=200)[0]
-    assert "error: host 1 has given no sign of life for 4 s; what is done is kept" in said
-    assert first.returncode == 2
+    for dying in (0, 1):
+        shutil.rmtree(tmp_path / "job", ignore_errors=True)
+        hosts = two_hosts(tmp_path, f"die {dying}")
+        for line in hosts[dying].stdout:
+            if "dying" in line:
+                break
+        hosts[dying].kill()
+        said = hosts[1 - dying].communicate(timeout=60)[0]
+        if dying:
+            assert "error: host 1 has given no sign of life for 4 s; what is done is kept" in said
+            assert hosts[0].returncode == 2
+        else:  # the runtime ends the other
+            assert "JAX distributed service" in said or "host 0 has given no sign" in said
+            assert hosts[1].returncode != 0
     first, second = two_hosts(tmp_path, "fail")
     said = [process.communicate(timeout=200)[0] for process in (first, second)]
     assert "No space left on device" in said[1]
@@ -327,11 +393,52 @@ def test_two_hosts_generate_as_one(tmp_path, unbroken, network):
     for process in two_hosts(tmp_path, "generate"):
         assert "done" in process.communicate(timeout=200)[0]
     assert same(tmp_path / "job" / "samples.npz", unbroken)
+    assert not (tmp_path / "job" / ".hosts").exists()
     settings = json.loads((tmp_path / "job" / "settings.json").read_text())
     assert settings["networks"] == ["tiny"]
 
 
-def test_hosts_on_the_command_line(tmp_path, capsys):
+def test_hosts_that_do_not_agree(tmp_path):
+    """They stop before they compile, all with the same words."""
+    for i, process in enumerate(two_hosts(tmp_path, "disagree")):
+        said = process.communicate(timeout=60)[0]
+        assert "error: the settings differ from host 0 to host 1: seed was 0, is 1; run the" in said
+        assert (
+            "error: the settings differ from host 0 to host 1: num was 15, is 16; run the" in said
+        )
+        assert f"/job {i} is not one folder that hosts {i} and {1 - i} both see; give" in said
+        assert "done" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["job 0"]
+
+
+def test_a_host_that_has_gone_is_no_damage(tmp_path, network, monkeypatch, capsys):
+    import orbax.checkpoint as ocp
+
+    def gone(*_):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo context initialization failed\nmore")
+
+    ts.save(tmp_path / "tiny", network)
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "metadata", gone)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="UNKNOWN: Gloo"):
+        ts.load(tmp_path / "tiny")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    job = ["generate", "--networks", str(tmp_path / "tiny"), "--num", "1"]
+    assert cli.main([*job, "--out", str(tmp_path / "job")]) == 2
+    assert "another host has failed, see what it says: UNKNOWN: Gloo" in capsys.readouterr().err
+
+
+def test_hosts_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path / "cache"))
+    job = [*COMMAND[:3], "--num", "7", "--batch", "2", "--steps", "2", "--out"]
+    assert cli.main([*job, str(tmp_path / "one")]) == 0
+    where = ["--coordinator", f"localhost:{free_port()}", "--num-hosts", "2"]
+    where += ["--host-timeout", "30"]
+    hosts = [command(*job, str(tmp_path / "two"), *where, "--host", str(i)) for i in (0, 1)]
+    for process in hosts:
+        said = process.communicate(timeout=100)[1]
+        assert process.returncode == 0, said
+    assert same(tmp_path / "two" / "samples.npz", tmp_path / "one" / "samples.npz")
+    capsys.readouterr()
     for more, message in (
         (["--host", "0"], "--coordinator, --num-hosts and --host go together"),
         (["--distributed", "--host", "0"], "give --distributed, or --coordinator"),

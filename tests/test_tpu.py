@@ -3,13 +3,16 @@
 Networks are small here; ``benchmarks/tpu_aot.py --check`` does the same with the published ones.
 """
 
+import dataclasses
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
-from helpers import GOLDEN, tiny_card
+from helpers import GOLDEN, tiny_card, tiny_network
 from test_parallel import COLLECTIVES
+from tpu_aot import devices_of
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
@@ -32,9 +35,7 @@ def coder(tmp_path_factory):
 
 
 def prepare(topology, coder, model=1, **more):
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = devices_of(topology)
     mesh = ts.make_mesh(model, devices)
     pair = [shapes(tiny_card(name, width=width), mesh) for name, width in (("a", 128), ("b", 256))]
     return pipeline.prepare(
@@ -65,6 +66,28 @@ def test_pieces_of_a_large_batch(coder, standard_promotion, monkeypatch):
     text = prepare("v5e:2x2", coder, solver="ddpm").compile().as_text()
     assert not COLLECTIVES.search(text)
     assert text.count(" while(") >= 2
+
+
+def test_pieces_of_an_exported_sampler(standard_promotion):
+    """The file that is written on a CPU brings the pieces to a TPU, and to it alone."""
+    place = jax.sharding.SingleDeviceSharding(devices_of("v5e:2x2")[0])
+
+    def loops(rows):
+        network = dataclasses.replace(tiny_network(), rows=rows)
+        request = pipeline.prepare(
+            jax.random.key(0), [network], labels=[1, 2, 3], steps=2, decode=False
+        )
+        program = jax.export.export(jax.jit(request.function), platforms=["cpu", "tpu"])(
+            request.inputs
+        )
+        given = jax.tree.map(
+            lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place), program.in_avals
+        )
+        call = jax.jit(lambda *flat: program.call(*jax.tree.unflatten(program.in_tree, flat)[0]))
+        lowered = call.lower(*given)
+        return lowered.compile().as_text().count(" while(")
+
+    assert loops(2) == loops(None) + 1
 
 
 def test_a_model_axis(coder, standard_promotion):

@@ -34,7 +34,7 @@ def main(port: str, index: str, out: str, job: str) -> None:
         write = Shards.write
 
         def slowly(self, k, pixels):
-            if job == "die" and index == "1" and k > 3:
+            if job == f"die {index}" and k > 3:
                 print("dying", flush=True)
                 time.sleep(1000)  # to be killed
             if job == "fail" and index == "1" and k > 3:
@@ -44,12 +44,20 @@ def main(port: str, index: str, out: str, job: str) -> None:
         Shards.write = slowly
         mesh = ts.make_mesh(devices=jax.local_devices())
         network = ts.shard(tiny_network(image_shape=(8, 8, 3), guidance_channels=None), mesh)
-        try:
-            ts.generate(folder / "job", [network], num=15, batch=2, steps=3, progress=False,
-                        host_timeout=4)  # fmt: skip
-        except OSError as error:
-            print(f"error: {error}", flush=True)
-            leave_hosts(2)
+        options = dict(num=15, batch=2, steps=3, progress=False, host_timeout=4)
+        if job == "disagree":
+            for name, more in (("job", dict(seed=int(index))), ("job", dict(num=15 + int(index))),
+                               (f"job {index}", {})):  # fmt: skip
+                try:
+                    ts.generate(folder / name, [network], **(options | more))
+                except OSError as error:
+                    print(f"error: {error}", flush=True)
+        else:
+            try:
+                ts.generate(folder / "job", [network], **options)
+            except OSError as error:
+                print(f"error: {error}", flush=True)
+                leave_hosts(2)
     print("done", flush=True)
 
 

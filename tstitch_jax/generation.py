@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import secrets
 from collections import deque
@@ -20,12 +21,18 @@ from tqdm import tqdm
 
 from tstitch_jax import checks, parallel, pipeline
 from tstitch_jax.hosts import HostError, Hosts, tell_all
-from tstitch_jax.shards import SAMPLES, Shards
+from tstitch_jax.shards import SAMPLES, Shards, differences
 from tstitch_jax.types import Autoencoder, Network
 
-FORMAT = 1
+FORMAT = 2
 
-_DEFAULTS: dict[str, Any] = dict(
+_UNSEEN = {
+    "name", "num_params", "macs", "source", "source_checksum", "data", "license", "class_names",
+    "autoencoder",
+}  # fmt: skip
+"""What no image depends on of that which a card says."""
+
+DEFAULTS: dict[str, Any] = dict(
     fractions=None, plan=None, steps=50, spacing="respaced", solver="ddim", eta=None,
     cfg_scale=1.5, cfg_channels=None, cfg_rescale=0.0, cfg_interval=None, auto_scale=None,
 )  # fmt: skip
@@ -44,12 +51,15 @@ def _settings(
     def plain(value: Any) -> Any:
         return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
+    def seen(owner: Network | Autoencoder) -> dict[str, Any]:
+        card = dataclasses.asdict(owner.card)
+        return {name: value for name, value in card.items() if name not in _UNSEEN}
+
     return {
         "format": FORMAT,
         "networks": [network.card.name for network in networks],
         "autoencoder": None if autoencoder is None else autoencoder.card.name,
-        "checksums": [owner.card.checksum for owner in owners],
-        "schedules": [network.card.schedule for network in networks],
+        "cards": [seen(owner) for owner in owners],
         "dtypes": [sorted({str(leaf.dtype) for leaf in own}) for own in leaves],
         "plan": np.asarray(request.plan.networks).tolist(),
         "times": np.asarray(request.inputs.knots.time, np.float64).tolist(),
@@ -58,8 +68,21 @@ def _settings(
         "labels": [int(label) for label in labels],
         "batch": batch,
         "platform": next(iter(leaves[0][0].devices())).platform,
+        "jax": jax.__version__,
+        "matmul precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
         "model devices": 1 if mesh is None else mesh.shape[parallel.MODEL],
     }
+
+
+def _check_hosts(settings: dict[str, Any]) -> None:
+    """Raises HostError, on every host, if they were not all given the same."""
+    first, *others = (json.loads(said) for said in tell_all(json.dumps(settings)))
+    for i, other in enumerate(others, 1):
+        if said := differences(first, other):
+            raise HostError(
+                f"the settings differ from host 0 to host {i}: {'; '.join(said)}; run the same on "
+                "every host"
+            )
 
 
 def _check(num: int, batch: int, seed: int) -> None:
@@ -149,7 +172,8 @@ def generate(
     is the same to the byte. The number of images may be raised later. Memory does not grow with it.
 
     Under ``jax.distributed`` every host calls this with the same arguments and with networks on its
-    own devices, and all see the same folder. If a host fails or dies the others stop.
+    own devices, and all see the same folder; if not, all say so. If a host fails or dies the
+    others stop.
 
     Args:
         out: The folder: ``samples.npz`` (see ``Shards.join``), ``settings.json``, ``shards/``,
@@ -161,7 +185,7 @@ def generate(
         labels: Image i is of class ``labels[i % len(labels)]``; all classes unless given.
         batch: Images of a device at a time, and of a file. Part of the settings, as it may change
             an image's last bit.
-        png: Whether to write each image as a PNG too.
+        png: Whether to write each image as a PNG too, and remove those of more images than ``num``.
         autoencoder: As for ``sample``.
         progress: Whether to show progress.
         host_timeout: Seconds after which a host that gives no sign of life counts as dead.
@@ -178,10 +202,10 @@ def generate(
             done is kept.
     """
     _check(num, batch, seed)
-    if options.keys() - _DEFAULTS.keys():
-        wrong = ", ".join(sorted(options.keys() - _DEFAULTS.keys()))
-        raise TypeError(f"generate takes no {wrong}; its options are {', '.join(_DEFAULTS)}")
-    options = _DEFAULTS | options
+    if options.keys() - DEFAULTS.keys():
+        wrong = ", ".join(sorted(options.keys() - DEFAULTS.keys()))
+        raise TypeError(f"generate takes no {wrong}; its options are {', '.join(DEFAULTS)}")
+    options = DEFAULTS | options
     if not isinstance(options["solver"], str):
         raise ValueError("generate takes a solver by name, so that a job can be gone on with")
     checks.check_networks(networks)
@@ -201,6 +225,7 @@ def generate(
     kept = {k: v for k, v in options.items() if k not in ("fractions", "plan", "steps")}
     settings = _settings(request, networks, autoencoder, seed, cycle, batch, kept)
     shards = Shards(Path(out), settings, batch, shape)
+    _check_hosts(shards.settings | {"num": num})
 
     leader = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
@@ -211,7 +236,7 @@ def generate(
                 word = f"go {secrets.token_hex(8)}"
             except (ValueError, OSError) as error:
                 word, refused = f"no {error}", error
-        word = tell_all(word)
+        word = tell_all(word)[0]
         if refused is not None:
             raise refused
         if word.startswith("no "):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -17,24 +18,26 @@ import numpy as np
 BEAT = 1.0
 """Seconds between two signs of life."""
 
-_LENGTH = 4000
+MEET = 10.0
+"""Seconds that a folder may take to show one host what another wrote, just before."""
 
 
 class HostError(OSError):
     """Another host has failed or died."""
 
 
-def tell_all(text: str) -> str:
-    """What host 0 says, on every host; each waits until all have come here."""
+def tell_all(text: str) -> list[str]:
+    """What each host says, on every host; each waits until all have come here."""
     if jax.process_count() == 1:
-        return text
+        return [text]
     from jax.experimental import multihost_utils
 
-    data = np.zeros(_LENGTH, np.uint8)
-    encoded = text.encode()[:_LENGTH]
-    data[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    heard = np.asarray(multihost_utils.broadcast_one_to_all(data))
-    return bytes(heard.astype(np.uint8)).rstrip(b"\0").decode(errors="replace")
+    data = text.encode()
+    lengths = np.ravel(multihost_utils.process_allgather(np.array([len(data)], np.int32)))
+    own = np.zeros(lengths.max(), np.uint8)
+    own[: len(data)] = np.frombuffer(data, np.uint8)
+    heard = np.asarray(multihost_utils.process_allgather(own), np.uint8)
+    return [bytes(row[:n]).decode() for row, n in zip(heard, lengths, strict=True)]
 
 
 class Hosts:
@@ -71,17 +74,43 @@ class Hosts:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Hosts:
+        """Begins to give signs of life, and waits for those of all others.
+
+        Raises:
+            HostError: If they do not come: the hosts see different folders.
+        """
         if self.count > 1:
-            self._folder.mkdir(exist_ok=True)
+            if self.index == 0:
+                self._folder.mkdir(exist_ok=True)
+            self._say()
+            start, limit = time.monotonic(), min(MEET, self._timeout / 2)
+            while missing := set(range(self.count)) - {self.index} - self.check().keys():
+                if time.monotonic() - start > limit:
+                    said = (
+                        f"{self._folder.parent.absolute()} is not one folder that hosts "
+                        f"{self.index} and {min(missing)} both see; give every host the same "
+                        "folder, on a disk that they share"
+                    )
+                    self._say(stage=f"failed: {said}")
+                    raise HostError(said)
+                time.sleep(BEAT / 10)
             self._thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Tells the others that this host is through, or why it failed."""
+        """Tells the others that this host is through, or why it failed.
+
+        If all are through, host 0 removes the folder.
+        """
         if self.count > 1:
             self._stop.set()
             self._thread.join()
             self._say(stage="done" if kind is None else f"failed: {error or kind.__name__}")
+        if kind is None and self.index == 0:
+            with contextlib.suppress(HostError):
+                for _ in self.wait(range(self.count), "done"):
+                    pass
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _say(self, **changes: Any) -> None:
         with self._write:

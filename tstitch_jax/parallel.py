@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tstitch_jax.types import Autoencoder, Network, Params
+from tstitch_jax.types import Autoencoder, FeatureNetwork, Network, Params
 
 DATA, MODEL = "data", "model"
 """The axes of a mesh: over the one images are spread, over the other parameters."""
@@ -19,7 +19,7 @@ DATA, MODEL = "data", "model"
 OWN, ALL, OWN_IN_STEPS = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
 """What each device sees: its images, everything, or its images of every step."""
 
-N = TypeVar("N", Network, Autoencoder)
+N = TypeVar("N", Network, Autoencoder, FeatureNetwork)
 
 
 def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -100,7 +100,7 @@ def shard(network: N, mesh: Mesh) -> N:
     ``ts.sample`` of networks on a mesh spreads the images over it; the results are the same. With
     a model axis of more than one device each holds a part of a network's parameters (for networks
     that one device cannot hold: every layer then waits for the others'), and all of an
-    autoencoder's.
+    autoencoder's or a feature network's.
 
     Args:
         network: What ``load`` returns.
@@ -109,7 +109,7 @@ def shard(network: N, mesh: Mesh) -> N:
     Raises:
         ValueError: If the mesh has other axes.
     """
-    copies = isinstance(network, Autoencoder)
+    copies = not isinstance(network, Network)
     return dataclasses.replace(network, params=shard_params(network.params, mesh, copies=copies))
 
 
@@ -178,10 +178,3 @@ def each_device(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: 
     return jax.shard_map(
         function, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=manual, check_vma=False
     )
-
-
-def platform_of(network: Network) -> str:
-    """Of the devices that a network lies on, ``"cpu"``, ``"gpu"`` or ``"tpu"``; "" if none."""
-    leaf = jax.tree.leaves(network.params)[0]
-    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
-    return next(iter(sharding.device_set)).platform if sharding is not None else ""

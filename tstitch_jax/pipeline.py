@@ -398,9 +398,7 @@ def prepare(
 
     if cfg_interval is not None and auto_scale is None and all(s is None for s in scales):
         raise ValueError("cfg_interval says where to guide, but cfg_scale None guides nowhere")
-    # Pieces suit a TPU's memory; on others, and where jit spreads a batch, they are not worth it.
-    tpu = parallel.platform_of(networks[0]) == "tpu"
-    denoisers = [_by_rows(n.denoiser, n.rows) if tpu and n.rows else n.denoiser for n in networks]
+    denoisers = [_by_rows(n.denoiser, n.rows) if n.rows else n.denoiser for n in networks]
     if len({each.learned_variance for each in cards}) > 1:
         denoisers = [_plain(denoiser) for denoiser in denoisers]
     params = tuple(network.params for network in networks)

@@ -121,15 +121,24 @@ def in_chunks(code: Callable[..., Any], size: int, *batches: Any) -> Any:
 
 
 def by_rows(denoiser: Denoiser, rows: int) -> Denoiser:
-    """The same denoiser, asked for at most so many rows at a time (``Network.rows``).
+    """The same denoiser, asked on TPUs for at most so many rows at a time (``Network.rows``).
 
-    For a device whose fast memory holds the activations of so many; see ``in_chunks``.
+    Their fast memory holds the activations of so many; see ``in_chunks``. On other platforms
+    pieces are not worth it.
     """
 
-    def pieces(params: Params, x: jax.Array, knot: Knots, cond: Cond, /) -> Prediction:
-        return in_chunks(lambda x, cond: denoiser(params, x, knot, cond), rows, x, cond)
+    def by_platform(params: Params, x: jax.Array, knot: Knots, cond: Cond, /) -> Prediction:
+        def whole(x: jax.Array, cond: Cond) -> Prediction:
+            return denoiser(params, x, knot, cond)
 
-    return pieces
+        def pieces(x: jax.Array, cond: Cond) -> Prediction:
+            return in_chunks(whole, rows, x, cond)
+
+        if len(x) <= rows:
+            return whole(x, cond)
+        return jax.lax.platform_dependent(x, cond, tpu=pieces, default=whole)
+
+    return by_platform
 
 
 def with_cond(denoiser: Denoiser, select: Callable[[Cond], Cond]) -> Denoiser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +20,21 @@ from tstitch_jax.files import whole_file
 SETTINGS, SAMPLES = "settings.json", "samples.npz"
 
 
-def _difference(old: Any, new: Any) -> str:
-    """What two settings say otherwise, briefly."""
-    if isinstance(old, list) and isinstance(new, list) and max(len(old), len(new)) > 4:
-        if len(old) != len(new):
-            return f"had {len(old)} entries, has {len(new)}"
-        first = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
-        return f"was {old[first]!r:.40} at {first}, is {new[first]!r:.40}"
-    return f"was {json.dumps(old):.60}, is {json.dumps(new):.60}"
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """What two settings, as JSON holds them, say otherwise, briefly."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = dict.fromkeys([*new, *old])
+        inner = [differences(old.get(n), new.get(n), f"{name} {n}".lstrip()) for n in names]
+        return [said for each in inner for said in each]
+    if isinstance(old, list) and isinstance(new, list):
+        if max(len(old), len(new)) > 4 and len(old) != len(new):
+            return [f"{name} had {len(old)} entries, has {len(new)}"]
+        if len(old) == len(new) and (len(old) > 4 or isinstance(old[0], dict)):
+            first = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
+            return differences(old[first], new[first], f"{name}[{first}]")
+    return [f"{name} was {json.dumps(old):.60}, is {json.dumps(new):.60}"]
 
 
 class Shards:
@@ -38,6 +46,7 @@ class Shards:
         folder: Where they are.
         batch: Images of a shard.
         shape: ``(H, W, C)`` of an image.
+        settings: What determines each image.
     """
 
     def __init__(
@@ -52,8 +61,8 @@ class Shards:
             shape: ``(H, W, C)`` of an image.
         """
         self.folder, self.batch, self.shape = folder, batch, shape
-        self._settings = json.loads(json.dumps(settings))
-        text = json.dumps(self._settings, sort_keys=True)
+        self.settings = json.loads(json.dumps(settings))
+        text = json.dumps(self.settings, sort_keys=True)
         self._digest = hashlib.sha256(text.encode()).hexdigest()
 
     @contextlib.contextmanager
@@ -90,7 +99,7 @@ class Shards:
                 self._compare(file)
             else:
                 with whole_file(file) as stream:
-                    stream.write((json.dumps(self._settings, indent=1) + "\n").encode())
+                    stream.write((json.dumps(self.settings, indent=1) + "\n").encode())
             (self.folder / "shards").mkdir(exist_ok=True)
             for left in (*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")):
                 left.unlink(missing_ok=True)
@@ -100,12 +109,11 @@ class Shards:
         """Raises ValueError, naming the differences, if the folder's settings are not these."""
         try:
             old = json.loads(file.read_text())
-            names = dict.fromkeys([*self._settings, *old])
-            changed = [n for n in names if old.get(n) != self._settings.get(n)]
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}); choose another folder") from None
-        if changed:
-            said = [f"{n} {_difference(old.get(n), self._settings.get(n))}" for n in changed]
+        if not isinstance(old, dict):
+            raise ValueError(f"{file} is damaged (no settings); choose another folder")
+        if said := differences(old, self.settings):
             raise ValueError(
                 f"{self.folder} holds images of other settings: {'; '.join(said)}; "
                 "choose another folder"
@@ -153,7 +161,8 @@ class Shards:
         Args:
             num: How many.
             labels: Of each, ``[num]``.
-            png: Whether to write ``png/0000000.png``, ... too, where they are not there yet.
+            png: Whether to write ``png/0000000.png``, ... too, where they are not there yet or do
+                not hold these pixels; those of more images than ``num`` are removed.
             watch: Goes through the shards, to show progress.
 
         Raises:
@@ -162,16 +171,27 @@ class Shards:
         """
         height, width, _ = self.shape
         pictures = self.folder / "png"
-        there: set[str] = set()
         if png:
             pictures.mkdir(exist_ok=True)
-            there = {entry.name for entry in pictures.iterdir()}
+            for old in pictures.iterdir():
+                if re.fullmatch(r"\d{7}\.png", old.name) and int(old.stem) >= num:
+                    old.unlink()
+
+        def holds(file: Path, pixels: np.ndarray) -> bool:
+            from PIL import Image
+
+            try:
+                with Image.open(file, formats=["png"]) as image:
+                    return np.array_equal(np.asarray(image), pixels)
+            except Exception:  # of a file that is damaged PIL raises many kinds
+                return False
 
         def picture(i: int, pixels: np.ndarray) -> None:
             from PIL import Image
 
-            if f"{i:07d}.png" not in there:
-                with whole_file(pictures / f"{i:07d}.png") as stream:
+            file = pictures / f"{i:07d}.png"
+            if not holds(file, pixels):
+                with whole_file(file) as stream:
                     Image.fromarray(pixels).save(stream, format="png")
 
         path = self.folder / SAMPLES

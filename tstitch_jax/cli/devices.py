@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -46,10 +48,24 @@ def join_hosts(arguments: argparse.Namespace) -> None:
             f"--host must be below --num-hosts {arguments.num_hosts}, got {arguments.host}"
         )
     try:
-        jax.distributed.initialize(*by_hand)
+        jax.distributed.initialize(*by_hand, initialization_timeout=arguments.host_timeout)
     except (RuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OSError(f"the hosts do not find each other: {first}") from error
+
+
+@contextlib.contextmanager
+def others_may_fail() -> Iterator[None]:
+    """Makes one line of what JAX says of several hosts when one of them has gone."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise OSError(f"another host has failed, see what it says: {first}") from error
 
 
 def leave_hosts(status: int) -> None:

@@ -142,19 +142,20 @@ def _one_plan(arguments: argparse.Namespace) -> dict[str, Any]:
 def generate_command(arguments: argparse.Namespace) -> None:
     import jax
 
-    from tstitch_jax.cli.devices import join_hosts
+    from tstitch_jax.cli.devices import join_hosts, others_may_fail
     from tstitch_jax.generation import generate
     from tstitch_jax.parallel import make_mesh
 
     join_hosts(arguments)
-    mesh = make_mesh(arguments.model_devices, jax.local_devices())
-    networks, autoencoder = _load(arguments, mesh)
-    labels = arguments.labels and class_labels(arguments.labels, networks[-1].card)
-    path = generate(
-        arguments.out, networks, num=arguments.num, seed=arguments.seed, labels=labels,
-        batch=arguments.batch, png=arguments.png, autoencoder=autoencoder,
-        **_one_plan(arguments), **_options(arguments),
-    )  # fmt: skip
+    with others_may_fail():
+        mesh = make_mesh(arguments.model_devices, jax.local_devices())
+        networks, autoencoder = _load(arguments, mesh)
+        labels = arguments.labels and class_labels(arguments.labels, networks[-1].card)
+        path = generate(
+            arguments.out, networks, num=arguments.num, seed=arguments.seed, labels=labels,
+            batch=arguments.batch, png=arguments.png, autoencoder=autoencoder,
+            host_timeout=arguments.host_timeout, **_one_plan(arguments), **_options(arguments),
+        )  # fmt: skip
     if jax.process_index() == 0:
         print(f"{arguments.num} images: {path}")
 
