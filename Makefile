@@ -9,7 +9,8 @@ CONSTRAINTS ?=
 QUICK := tests/test_published.py tests/test_plan.py tests/test_schedules.py \
 	tests/test_prediction.py tests/test_sampler.py tests/test_checkpoint.py tests/test_pipeline.py \
 	tests/test_solvers.py tests/test_parallel.py tests/test_export.py tests/test_convert.py \
-	tests/test_torch_zip.py tests/test_hub.py
+	tests/test_torch_zip.py tests/test_torch_legacy.py tests/test_hub.py tests/test_inception.py \
+	tests/test_metrics.py tests/test_evaluate.py tests/test_classifier.py
 # For `make networks`, e.g. --data fashion_mnist.npz; without it tensorflow-datasets is asked.
 DATA ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -33,7 +34,7 @@ lint: $(VENV)/.test-ready
 
 # Trains the embedded networks anew.
 networks: $(VENV)/.test-ready
-	for name in s xl; do \
+	for name in features s xl; do \
 		$(BIN)/tstitch train configs/fashion_$$name.py $(DATA) && \
 		rm -rf tstitch_jax/embedded/fashion-$$name && \
 		cp -r runs/fashion-$$name/network tstitch_jax/embedded/fashion-$$name || exit 1; \

@@ -37,8 +37,10 @@ setup(
     ],
     extras_require={
         "train": ["tensorflow-datasets>=4.9.9"],
+        "plot": ["matplotlib>=3.8"],
         "test": [
             "tensorflow-datasets>=4.9.9",
+            "matplotlib>=3.8",
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "beartype>=0.20",
             "hypothesis>=6.100",

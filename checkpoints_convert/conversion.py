@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
-from checkpoints_convert import autoencoder, dit, readers, rules
+from checkpoints_convert import autoencoder, dit, inception, readers, rules
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion
 from checkpoints_convert.rules import Tensor
@@ -74,9 +74,15 @@ LAYOUTS = (
         r"(first_stage_model\.)?(en|de)coder\.(down|up|mid|norm_out)\..*",
         autoencoder.compvis,
     ),
+    Layout(
+        "pytorch-fid's Inception",
+        ("inception",),
+        r"(Conv2d_\d\w|Mixed_\d\w)\..*|fc\.(weight|bias)",
+        inception.published,
+    ),
 )
 
-FAMILIES = ("dit", "sit", "autoencoder")
+FAMILIES = ("dit", "sit", "autoencoder", "inception")
 
 
 def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> tuple[Layout, str]:
@@ -144,8 +150,8 @@ def convert(
             index of several (``*.index.json``), or the folder of a diffusers network. Nothing in
             it is run.
         out: The folder to write. It is whole or absent afterwards.
-        family: ``"dit"``, ``"sit"`` or ``"autoencoder"``; told from the tensors' names otherwise,
-            where a SiT, which has a DiT's names, counts as a DiT.
+        family: ``"dit"``, ``"sit"``, ``"autoencoder"`` or ``"inception"``; told from the tensors'
+            names otherwise, where a SiT, which has a DiT's names, counts as a DiT.
         num_heads: Number of attention heads, where the network is of no published size.
         name: The network's name; that of ``out`` by default.
         source_name: Where the checkpoint comes from; its file name by default.

@@ -1,4 +1,4 @@
-"""What the runs on Fashion-MNIST share; fashion_s.py and fashion_xl.py add a size."""
+"""What the runs on Fashion-MNIST share; fashion_s.py and its like add a size."""
 
 from __future__ import annotations
 
@@ -6,6 +6,28 @@ from typing import Any
 
 from tstitch_jax.training import TrainConfig
 from tstitch_jax.types import Card
+
+DATA = "tfds:fashion_mnist"
+
+FACTS: dict[str, Any] = dict(
+    image_shape=(28, 28, 1),
+    num_classes=10,
+    class_names=(
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+    data="Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, MIT license), 60,000 training images",
+    license="Apache-2.0",
+)
+"""What any card says of the data."""
 
 
 def make(name: str, size: dict[str, Any], **training: Any) -> TrainConfig:
@@ -17,29 +39,9 @@ def make(name: str, size: dict[str, Any], **training: Any) -> TrainConfig:
         target="v",
         learned_variance=False,
         schedule={"name": "cosine"},
-        image_shape=(28, 28, 1),
-        num_classes=10,
-        class_names=(
-            "T-shirt/top",
-            "Trouser",
-            "Pullover",
-            "Dress",
-            "Coat",
-            "Sandal",
-            "Shirt",
-            "Sneaker",
-            "Bag",
-            "Ankle boot",
-        ),
         source=f"tstitch train configs/{name.replace('-', '_')}.py",
-        data="Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, MIT license), 60,000 training images",
-        license="Apache-2.0",
+        **FACTS,
     )
     return TrainConfig(
-        card=card,
-        data="tfds:fashion_mnist",
-        warmup=300,
-        save_every=1000,
-        stored_dtype="float16",
-        **training,
+        card=card, data=DATA, warmup=300, save_every=1000, stored_dtype="float16", **training
     )

@@ -17,7 +17,9 @@ RANKS = {
     "schedules": 1,
     "networks": 1,
     "pictures": 1,
+    "charts": 1,
     "files": 0,
+    "records": 1,
     "shards": 1,
     "hosts": 1,
     "prediction": 2,
@@ -26,6 +28,7 @@ RANKS = {
     "solvers": 3,
     "stitch": 3,
     "checkpoint": 3,
+    "evaluation": 3,
     "sampler": 4,
     "checkpoints_convert": 4,
     "checks": 4,
@@ -35,8 +38,9 @@ RANKS = {
     "pipeline": 6,
     "generation": 7,
     "exporting": 7,
-    "__init__": 8,
-    "cli": 9,
+    "sweep": 8,
+    "__init__": 9,
+    "cli": 10,
 }
 CORE = {"types", "schedules", "prediction", "plan", "guidance", "solvers", "stitch", "sampler"}
 CORE_MAY_IMPORT = {"jax", "numpy", "jaxtyping"}

@@ -177,7 +177,7 @@ def test_a_folder_beside_the_network_is_told(folder, tmp_path):
 
 
 def test_embedded_networks():
-    assert hub.embedded_names() == ["fashion-s", "fashion-xl"]
+    assert hub.embedded_names() == ["fashion-features", "fashion-s", "fashion-xl"]
     small, large = ts.load("fashion-s"), ts.load("fashion-xl")
     assert large.card.macs > 10 * small.card.macs
     for network in (small, large):

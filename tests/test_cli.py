@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -45,9 +46,10 @@ def test_networks(capsys):
     lines = out.splitlines()
     for title in ("parameters", "FLOPs", "source", "license"):
         assert title in lines[0]
-    assert [line.split()[0] for line in lines[2:4]] == ["fashion-s", "fashion-xl"]
-    assert "256K" in lines[2]
-    assert "Apache-2.0" in lines[3]
+    names = ["fashion-features", "fashion-s", "fashion-xl"]
+    assert [line.split()[0] for line in lines[2:5]] == names
+    assert "256K" in lines[3]
+    assert "Apache-2.0" in lines[4]
     assert any(re.match(r"dit-xl-2-256 .*675M .*119G .*download .*CC-BY-NC", x) for x in lines)
     assert "sd-vae-ft-ema" in out
 
@@ -287,11 +289,13 @@ def test_train(capsys, tmp_path, monkeypatch):
 
 
 def test_the_projects_configurations_are_the_embedded_networks():
-    for name in ("fashion-s", "fashion-xl"):
+    for name in hub.embedded_names():
         config = cli.networks._load_config(str(ROOT / "configs" / f"{name.replace('-', '_')}.py"))
         card = checkpoint.read_card(hub.find(name))
-        for field in ("name", "architecture", "config", "target", "schedule", "class_names"):
-            assert getattr(config.card, field) == getattr(card, field)
+        # The embedded ones were trained on a copy of the data with another split.
+        others = dict.fromkeys(("num_params", "macs", "checksum", "data"))
+        told = ({**dataclasses.asdict(each), **others} for each in (config.card, card))
+        assert next(told) == next(told)
 
 
 @pytest.mark.parametrize(

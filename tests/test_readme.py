@@ -14,9 +14,16 @@ from checkpoints_convert import convert
 from tstitch_jax import cli
 
 ROOT = Path(__file__).parents[1]
-README, GUIDE, SCALE = (
-    (ROOT / name).read_text() for name in ("README.md", "docs/sampling.md", "docs/scale.md")
-)
+README, GUIDE, SCALE, MEASURES, SWEEPS = (
+    (ROOT / name).read_text()
+    for name in (
+        "README.md",
+        "docs/sampling.md",
+        "docs/scale.md",
+        "docs/evaluation.md",
+        "docs/sweep.md",
+    )
+)  # fmt: skip
 
 
 def blocks(language, text=README):
@@ -82,9 +89,21 @@ def test_the_guide_to_scale(tmp_path, monkeypatch):
     assert shapes == [(3, 28, 28, 1), (8, 2, 28, 28, 1), (2, 28, 28, 1)]
 
 
+def test_the_guide_to_measures():
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for block in blocks("python", MEASURES):
+            exec(block, names)
+    result = names["result"]
+    assert result.samples["num"] == 20
+    assert result.metrics["fd_fashion-features"] > 0
+    for name in ("frechet_distance", "precision_recall", "Moments", "nearest", "InceptionScore"):
+        assert hasattr(ts.evaluation, name)
+
+
 COMMANDS = [
     shlex.split(line, comments=True)
-    for text in (README, SCALE)
+    for text in (README, SCALE, MEASURES, SWEEPS)
     for block in blocks("sh", text)
     for line in block.splitlines()
     if line.startswith("tstitch")
@@ -100,6 +119,9 @@ def test_commands_are_ones_that_there_are(command):
 def test_the_two_commands_and_the_links():
     assert "make demo" in README
     assert "make test" in README
-    for folder, text in ((ROOT, README), (ROOT / "docs", GUIDE), (ROOT / "docs", SCALE)):
+    for folder, text in (
+        (ROOT, README),
+        *((ROOT / "docs", text) for text in (GUIDE, SCALE, MEASURES, SWEEPS)),
+    ):
         for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
             assert (folder / link).exists(), link

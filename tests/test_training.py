@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 import tstitch_jax as ts
 from tstitch_jax.training import TrainConfig, train
-from tstitch_jax.training.data import ArrayImages, batch_indices, normalize, open_images
+from tstitch_jax.training.data import ArrayImages, NoSplit, batch_indices, normalize, open_images
 from tstitch_jax.training.loss import make_loss, variational_bound, weights
 from tstitch_jax.training.state import make_optimizer
 
@@ -261,7 +262,8 @@ def test_tensorflow_datasets(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     TinySquares(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    source = tfds.data_source("tiny_squares", split="train", data_dir=tmp_path)
+    data_source = tfds.data_source
+    source = data_source("tiny_squares", split="train", data_dir=tmp_path)
     monkeypatch.setattr(tfds, "data_source", lambda name, split: {"tiny_squares": source}[name])
     opened = open_images("tfds:tiny_squares")
     assert len(opened) == 30
@@ -274,6 +276,9 @@ def test_tensorflow_datasets(tmp_path, monkeypatch):
     assert "tensorflow" not in sys.modules
     with pytest.raises(ValueError, match="cannot open tfds:nothing"):
         open_images("tfds:nothing")
+    monkeypatch.setattr(tfds, "data_source", functools.partial(data_source, data_dir=tmp_path))
+    with pytest.raises(NoSplit, match="cannot open tfds:tiny_squares: Unknown split 'test'"):
+        open_images("tfds:tiny_squares", "test")
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

@@ -1,6 +1,12 @@
 """Trajectory stitching of diffusion models (T-Stitch, Pan et al. 2024, arXiv:2402.14167)."""
 
-from tstitch_jax.checkpoint import make_autoencoder, make_network, save
+from tstitch_jax.checkpoint import (
+    make_autoencoder,
+    make_feature_network,
+    make_network,
+    save,
+)
+from tstitch_jax.evaluation import Evaluation, evaluate
 from tstitch_jax.exporting import export
 from tstitch_jax.generation import generate
 from tstitch_jax.guidance import autoguide, cfg, guidance_interval
@@ -35,11 +41,15 @@ from tstitch_jax.solvers import (
     unipc,
 )
 from tstitch_jax.stitch import stitch
+from tstitch_jax.sweep import Point, SweepConfig, sweep
 from tstitch_jax.types import (
     Autoencoder,
     AutoencoderCard,
     Card,
     Denoiser,
+    FeatureCard,
+    FeatureNetwork,
+    Features,
     Knots,
     Network,
     Prediction,
@@ -47,7 +57,7 @@ from tstitch_jax.types import (
     Solver,
 )
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "SOLVERS",
@@ -56,13 +66,19 @@ __all__ = [
     "AutoencoderCard",
     "Card",
     "Denoiser",
+    "Evaluation",
+    "FeatureCard",
+    "FeatureNetwork",
+    "Features",
     "Knots",
     "Network",
     "Plan",
+    "Point",
     "Prediction",
     "Schedule",
     "Solver",
     "Step",
+    "SweepConfig",
     "as_denoiser",
     "at_equal_snr",
     "autoguide",
@@ -74,6 +90,7 @@ __all__ = [
     "draw_noise",
     "euler",
     "euler_ancestral",
+    "evaluate",
     "export",
     "flow_heun",
     "generate",
@@ -85,6 +102,7 @@ __all__ = [
     "lcm",
     "load",
     "make_autoencoder",
+    "make_feature_network",
     "make_knots",
     "make_mesh",
     "make_network",
@@ -99,6 +117,7 @@ __all__ = [
     "sde",
     "shard",
     "stitch",
+    "sweep",
     "unipc",
     "with_cond",
     "without_variance",

@@ -45,6 +45,9 @@ from tstitch_jax.types import (
     BaseCard,
     Card,
     Denoiser,
+    FeatureCard,
+    FeatureNetwork,
+    Features,
     Network,
     Params,
     Schedule,
@@ -81,6 +84,8 @@ def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
         raise unknown("architecture", card.architecture, ARCHITECTURES)
     if isinstance(card, Card):
         more = dict(num_classes=card.num_classes, learned_variance=card.learned_variance)
+    elif isinstance(card, FeatureCard):
+        more = dict(num_classes=card.num_classes)
     else:
         more = {}
     try:
@@ -103,6 +108,14 @@ def _denoiser(module: nn.Module, target: str, learned_variance: bool) -> Denoise
     return as_denoiser(apply, target, learned_variance)
 
 
+def check_classes(card: Card | FeatureCard) -> None:
+    """Raises ValueError if the card's classes and their names do not fit."""
+    if card.num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {card.num_classes}")
+    if len(card.class_names) not in (0, card.num_classes):
+        raise ValueError(f"{len(card.class_names)} names for {card.num_classes} classes")
+
+
 def check_card(card: Card) -> Schedule:
     """The schedule of a card.
 
@@ -119,10 +132,7 @@ def check_card(card: Card) -> Schedule:
             f"an eps network cannot say x0 where the schedule {schedule.name!r} has "
             "no signal; train it for 'flow' or 'v'"
         )
-    if card.num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {card.num_classes}")
-    if len(card.class_names) not in (0, card.num_classes):
-        raise ValueError(f"{len(card.class_names)} names for {card.num_classes} classes")
+    check_classes(card)
     channels = card.guidance_channels
     if channels is not None and not 0 < channels <= card.image_shape[2]:
         raise ValueError(f"guidance_channels must be 1 to {card.image_shape[2]}, got {channels}")
@@ -194,6 +204,22 @@ def _autoencoder(card: AutoencoderCard, params: Params, dtype: Any) -> Autoencod
     return Autoencoder(*coders, params, card, module.factor, module.latent_channels)
 
 
+@functools.cache
+def _extractor(module: nn.Module) -> Callable[[Params, jax.Array], Features]:
+    # Cached as denoisers are.
+    def extract(params: Params, pixels: jax.Array) -> Features:
+        pixels = jnp.asarray(pixels, jnp.float32)
+        return module.apply({"params": params}, pixels)  # pyright: ignore
+
+    return extract
+
+
+def _feature_network(card: FeatureCard, params: Params, dtype: Any) -> FeatureNetwork:
+    check_classes(card)
+    module, params, card = _fit(card, params, dtype)
+    return FeatureNetwork(_extractor(module), params, card, str(jnp.dtype(dtype)))
+
+
 def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Network:
     """A network of its card and parameters; fills in the card's sizes and checksum.
 
@@ -256,6 +282,13 @@ def make_autoencoder(
 ) -> Autoencoder:
     """An autoencoder of its card and parameters, as ``make_network`` makes a network."""
     return _autoencoder(card, _on_device(params), dtype)
+
+
+def make_feature_network(
+    card: FeatureCard, params: Params, dtype: Any = jnp.float32
+) -> FeatureNetwork:
+    """A feature network of its card and parameters, as ``make_network`` makes a network."""
+    return _feature_network(card, _on_device(params), dtype)
 
 
 def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
@@ -394,7 +427,9 @@ def fill_folder(folder: Path, card: BaseCard, params: Params) -> None:
 
 
 def save(
-    path: str | os.PathLike[str], network: Network | Autoencoder, dtype: Any = np.float32
+    path: str | os.PathLike[str],
+    network: Network | Autoencoder | FeatureNetwork,
+    dtype: Any = np.float32,
 ) -> None:
     """Writes a network folder whole or not at all; an existing network folder is replaced.
 
@@ -418,10 +453,19 @@ def save(
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "tuple": tuple}
 
 
+_DENOISER = (Card, _network)
+_KINDS_OF_CARD: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "autoencoder": (AutoencoderCard, _autoencoder),
+    "inception": (FeatureCard, _feature_network),
+    "classifier": (FeatureCard, _feature_network),
+}
+"""The card of an architecture, and what makes the network of it."""
+
+
 def _parse_card(fields: Any) -> BaseCard:
     if not isinstance(fields, dict):
         raise ValueError(f"a card is a JSON object, got {type(fields).__name__}")
-    kind = AutoencoderCard if fields.get("architecture") == "autoencoder" else Card
+    kind, _ = _KINDS_OF_CARD.get(str(fields.get("architecture")), _DENOISER)
     known = {field.name: field for field in dataclasses.fields(kind)}
     needed = {k for k, f in known.items() if f.default is dataclasses.MISSING}
     wrong = [f"missing {name}" for name in sorted(needed - fields.keys())]
@@ -497,7 +541,7 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32, *, on_host: b
         on_host: Whether to leave the parameters on the host, as NumPy arrays.
 
     Returns:
-        A ``Network``, or an ``Autoencoder`` where the folder holds one.
+        A ``Network``; an ``Autoencoder`` or a ``FeatureNetwork`` where the folder holds one.
 
     Raises:
         ValueError: If there is no such network, or its folder is damaged.
@@ -527,11 +571,13 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32, *, on_host: b
             params = checkpointer.restore(
                 stored, restore_args=jax.tree.map(lambda _: argument, names)
             )
+    except jax.errors.JaxRuntimeError:  # of memory, or of another host: not of the folder
+        raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is damaged.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"network folder {path} is damaged: {first[:200]}") from error
     try:
-        make: Any = _network if isinstance(card, Card) else _autoencoder
+        _, make = _KINDS_OF_CARD.get(card.architecture, _DENOISER)
         network = make(card, params, dtype)
     except Exception as error:  # numbers that no network can have fail in many places
         raise ValueError(f"network folder {path} is damaged: {error}") from error

@@ -9,15 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.types import Autoencoder, Card, Network
+from tstitch_jax.types import Autoencoder, Card, FeatureNetwork, Network
 
 
-def check_networks(networks: Sequence[Network]) -> None:
+def check_networks(networks: Sequence[Any]) -> None:
     """Raises ValueError unless the networks can share one trajectory; says which two clash."""
     for each in networks if isinstance(networks, Sequence) else ():
         if isinstance(each, Autoencoder):
             raise ValueError(
                 f"{each.card.name} is an autoencoder, not a denoiser; give it as the autoencoder"
+            )
+        if isinstance(each, FeatureNetwork):
+            raise ValueError(
+                f"{each.card.name} says features of images and makes none; give a denoiser"
             )
     if not isinstance(networks, Sequence) or not all(isinstance(n, Network) for n in networks):
         raise ValueError(f"networks must be a list of what ts.load returns, got {networks!r:.80}")

@@ -9,6 +9,26 @@ from pathlib import Path
 from typing import IO
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def check_writable(path: Path) -> None:
+    """Makes sure, before long work, that a file can be written there; makes its folder.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _temporary(path).touch()
+        _temporary(path).unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file, open for writing, that appears under its name when it is complete.
@@ -16,7 +36,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: If it cannot be written; what was in its place is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as stream:
             yield stream

@@ -34,7 +34,8 @@ class Public:
     """A public network: where its files are, and what its card will say.
 
     Attributes:
-        family: Whose layout the files have: ``"dit"``, ``"sit"`` or ``"autoencoder"``.
+        family: Whose layout the files have: ``"dit"``, ``"sit"``, ``"autoencoder"`` or
+            ``"inception"``.
         files: Names of its files.
         source, license, num_params, macs, data, image_shape, num_classes: As in the card; an
             autoencoder has no classes.
@@ -155,6 +156,19 @@ PUBLIC: dict[str, Public] = {
         data="OpenImages, LAION-Aesthetics, LAION-Humans",
         image_shape=(256, 256, 3),
         num_classes=0,
+    ),
+    "inception": Public(
+        family="inception",
+        files=("pt_inception-2015-12-05-6726825d.pth",),
+        url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth",
+        source="github.com/mseitzer/pytorch-fid",
+        license="Apache-2.0",
+        num_params=23_884_384,
+        macs=5_713_232_480,
+        data="ImageNet 2012",
+        image_shape=(299, 299, 3),
+        num_classes=1008,
     ),
 }
 """The public networks that ``load`` knows, by name."""
@@ -441,7 +455,7 @@ def load(
         mesh: From ``ts.make_mesh``; see ``ts.shard``. No device then holds more than its part.
 
     Returns:
-        A ``Network``, or an ``Autoencoder`` where the name is of one.
+        A ``Network``; an ``Autoencoder`` or a ``FeatureNetwork`` where the name is of one.
 
     Raises:
         ValueError: If there is no such network, it cannot be downloaded, or its folder is damaged.

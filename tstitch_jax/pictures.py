@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tstitch_jax.files import check_writable, whole_file
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -83,10 +85,6 @@ def grid(
     return canvas
 
 
-def _temporary(file: Path) -> Path:
-    return file.with_name(f".{file.name}.{os.getpid()}.tmp")
-
-
 def check_png(path: str | os.PathLike[str]) -> Path:
     """Makes sure, before long work, that a PNG can be written there; makes its folder.
 
@@ -96,22 +94,11 @@ def check_png(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
     if file.suffix.lower() != ".png":
         raise ValueError(f"the picture must end in .png, got {file}")
-    if file.is_dir():
-        raise ValueError(f"cannot write {file}: it is a folder")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _temporary(file).touch()
-        _temporary(file).unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write {file}: {error.strerror or error}") from None
+    check_writable(file)
     return file
 
 
 def write_png(image: Image, path: Path) -> None:
     """Writes the picture whole or not at all."""
-    temporary = _temporary(path)
-    try:
-        image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as stream:
+        image.save(stream, format="PNG")

@@ -97,6 +97,20 @@ class Prediction(NamedTuple):
     variance: Float[Array, "b h w c"] | None = None
 
 
+class Features(NamedTuple):
+    """What a feature network says of images; everything float32.
+
+    Attributes:
+        pool: ``[B, D]``, its last layer before the classifier, pooled over the image.
+        logits: ``[B, K]``, of its classes; without a bias where the published measure has none.
+        spatial: ``[B, S]``, an inner layer's values at every place, flattened; None without one.
+    """
+
+    pool: Float[Array, "b d"]
+    logits: Float[Array, "b k"]
+    spatial: Float[Array, "b s"] | None = None
+
+
 Denoiser = Callable[[Params, jax.Array, Knots, Cond], Prediction]
 """A pure function from parameters, noisy images float32 ``[B, H, W, C]``, one knot and conditioning
 to a prediction. Guidance and stitching are functions from denoisers to a denoiser."""
@@ -200,6 +214,21 @@ class AutoencoderCard(BaseCard):
     scaling_factor: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureCard(BaseCard):
+    """The card of a network whose features images are compared in.
+
+    Its ``image_shape`` is that of the images it was trained on.
+
+    Attributes:
+        num_classes: Number of its classes.
+        class_names: Their names, or empty.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A denoiser with its parameters and its card: what ``load`` returns.
@@ -241,3 +270,21 @@ class Autoencoder:
     card: AutoencoderCard
     factor: int
     channels: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureNetwork:
+    """A network whose features images are compared in, with its parameters and its card.
+
+    Attributes:
+        extract: ``(params, pixels) -> Features``; pixels are ``[B, H, W, C]`` with values from 0 to
+            255, uint8 or float32.
+        params: Its parameters, a nested dict.
+        card: What it is.
+        dtype: What it computes in, ``"float32"`` or ``"bfloat16"``.
+    """
+
+    extract: Callable[[Params, jax.Array], Features]
+    params: Params
+    card: FeatureCard
+    dtype: str = "float32"

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from tstitch_jax.cli import networks, sampling
+from tstitch_jax.cli import evaluation, networks, sampling, sweep
 from tstitch_jax.cli.devices import keep_programs, leave_hosts
-from tstitch_jax.cli.text import whole
+from tstitch_jax.cli.text import printable, whole
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,6 +88,32 @@ def make_parser() -> argparse.ArgumentParser:
                      help="several hosts: HOST:PORT of the first, with the next two")  # fmt: skip
     sub.add_argument("--num-hosts", type=whole(1), metavar="N", help="how many hosts")
     sub.add_argument("--host", type=whole(0), metavar="I", help="which one this is, from 0")
+    sub.add_argument(
+        "--host-timeout", type=whole(1), default=60, metavar="SECONDS",
+        help="how long hosts wait for each other, before one counts as dead (default: 60)",
+    )  # fmt: skip
+
+    sub = command(
+        "evaluate", evaluation.evaluate_command,
+        "FID, sFID, Inception Score, precision, recall of images against a reference",
+        "tstitch evaluate samples VIRTUAL_imagenet256_labeled.npz --out result.json",
+    )  # fmt: skip
+    evaluation.add_options(sub)
+
+    sub = command(
+        "sweep", sweep.sweep_command,
+        "quality against time over many ways of sampling: a table, charts; stopped, it goes on",
+        "tstitch sweep configs/sweep_fractions.py --out runs/fractions",
+    )  # fmt: skip
+    sub.add_argument("config", metavar="CONFIG", help="a Python file with a SweepConfig, config")
+    sub.add_argument("--out", metavar="DIR",
+                     help="folder of the sweep (default: runs/ and the file's name)")  # fmt: skip
+    sub.add_argument(
+        "--reference", metavar="SPEC",
+        help="what tstitch evaluate takes as REFERENCE, instead of the configuration's",
+    )  # fmt: skip
+    sub.add_argument("--dry-run", action="store_true",
+                     help="print plans, costs and the expected time alone")  # fmt: skip
 
     sub = command(
         "export", sampling.export_command,
@@ -120,8 +146,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--family",
         metavar="NAME",
-        help="dit, sit or autoencoder (default: told from the tensors' names, where a SiT counts "
-        "as a dit)",
+        help="dit, sit, autoencoder or inception (default: told from the tensors' names, where a "
+        "SiT counts as a dit)",
     )
     sub.add_argument("--num-heads", type=whole(1), metavar="N",
                      help="attention heads, for a network of no published size")  # fmt: skip
@@ -152,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         # Names out of a file may hold anything, such as control sequences.
         line = re.sub(r"^\[Errno \d+\] ", "", " ".join(str(error).split()))
-        line = "".join(c if c.isprintable() else "?" for c in line)
+        line = printable(line)
         print(f"tstitch: error: {line}", file=sys.stderr)
         status = 2
     except RuntimeError as error:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tstitch_jax.cli.text import class_labels, count, table
+from tstitch_jax.cli.text import class_labels, count, load_config, table
 from tstitch_jax.types import BaseCard, Card
 
 if TYPE_CHECKING:
@@ -70,23 +68,9 @@ def convert_command(arguments: argparse.Namespace) -> None:
 
 def _load_config(path: str) -> Any:
     """The ``config`` of a Python file."""
-    from tstitch_jax.training import TrainConfig
+    from tstitch_jax.training import ClassifierConfig, TrainConfig
 
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(
-            f"no configuration at {path}; give a Python file such as those in configs/"
-        )
-    sys.path.insert(0, str(file.parent))  # configurations may share a file beside them
-    try:
-        config = runpy.run_path(path).get("config")
-    except (Exception, SystemExit) as error:  # whatever the user's own file raises
-        raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(file.parent))
-    if not isinstance(config, TrainConfig):
-        raise ValueError(f"{path} has no TrainConfig named config")
-    return config
+    return load_config(path, TrainConfig, ClassifierConfig)
 
 
 def _preview(steps: int = 50, rows: int = 4) -> Callable[[Network, Path], None]:
@@ -121,5 +105,6 @@ def train_command(arguments: argparse.Namespace) -> None:
     changes = {k: getattr(arguments, k) for k in ("data", "steps") if getattr(arguments, k)}
     config = dataclasses.replace(config, **changes)
     out = arguments.out or f"runs/{config.card.name}"
-    network = train(config, out, preview=_preview())
+    preview = _preview() if isinstance(config.card, Card) else None
+    network = train(config, out, preview=preview)
     print(f"{network.card.name}: {count(network.card.num_params)} parameters in {out}/network")

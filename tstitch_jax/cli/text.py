@@ -1,9 +1,13 @@
-"""What the commands share: arguments as text, and tables."""
+"""What the commands share: arguments as text, tables, and configurations."""
 
 from __future__ import annotations
 
 import argparse
+import runpy
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from tstitch_jax.types import Card
 
@@ -14,6 +18,11 @@ def count(value: float) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}T"
+
+
+def printable(text: str) -> str:
+    """One line without control sequences, which names out of a file may hold."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -59,3 +68,24 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def load_config(path: str, *kinds: type) -> Any:
+    """The ``config`` of a Python file; raises ValueError unless it is of one of these kinds."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"no configuration at {path}; give a Python file such as those in configs/"
+        )
+    sys.path.insert(0, str(file.parent))  # configurations may share a file beside them
+    try:
+        config = runpy.run_path(path).get("config")
+    except (Exception, SystemExit) as error:  # whatever the user's own file raises
+        raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(file.parent))
+    if not isinstance(config, kinds):
+        first, *others = (kind.__name__ for kind in kinds)
+        nor = "".join(f", nor a {name}" for name in others)
+        raise ValueError(f"{path} has no {first} named config{nor}")
+    return config

@@ -9,10 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.networks import autoencoder, dit
+from tstitch_jax.networks import autoencoder, classifier, dit, inception
 from tstitch_jax.types import Params
 
-ARCHITECTURES: dict[str, type] = {"dit": dit.DiT, "autoencoder": autoencoder.KLAutoencoder}
+ARCHITECTURES: dict[str, type] = {
+    "dit": dit.DiT,
+    "autoencoder": autoencoder.KLAutoencoder,
+    "inception": inception.Inception,
+    "classifier": classifier.Classifier,
+}
 
 SIZES: dict[str, dict[str, Any]] = {
     f"dit-{size}-{patch}": {**config, "patch": patch}

@@ -1,5 +1,5 @@
-"""Training a denoiser: data, loss, and a loop that resumes."""
+"""Training a denoiser or a classifier: data, losses, and a loop that resumes."""
 
-from tstitch_jax.training.loop import TrainConfig, train
+from tstitch_jax.training.loop import ClassifierConfig, TrainConfig, train
 
-__all__ = ["TrainConfig", "train"]
+__all__ = ["ClassifierConfig", "TrainConfig", "train"]

@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from tstitch_jax.records import NoSplit, open_records
+
 
 @runtime_checkable
 class Images(Protocol):
@@ -44,57 +46,28 @@ class ArrayImages:
         return self.images[indices], self.labels[indices]
 
 
-class SourceImages:
-    """A ``tfds.data_source`` with features ``image`` and ``label``; needs no TensorFlow."""
-
-    def __init__(self, source) -> None:
-        fields = set(source[0]) if len(source) else set()
-        if not {"image", "label"} <= fields:
-            raise ValueError(f"the data set needs image and label, it has {sorted(fields)}")
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        records = self.source.__getitems__([int(i) for i in indices])
-        images = np.stack([np.asarray(record["image"]) for record in records])
-        return images, np.array([record["label"] for record in records], np.int32)
-
-
-def open_images(spec: str) -> Images:
-    """Opens a data set.
+def open_images(spec: str, split: str = "train") -> Images:
+    """Opens a split of a data set.
 
     Args:
         spec: The path of an ``.npz`` with arrays ``x_train`` (uint8 ``[N, H, W]`` or
             ``[N, H, W, C]``) and ``y_train``, or ``tfds:NAME`` for a data set that
             tensorflow-datasets has prepared, or can download and prepare.
+        split: ``"train"`` or ``"test"``, with which the names of the arrays end.
 
     Raises:
+        NoSplit: If it lacks that split.
         ValueError: If it cannot be opened or holds something else.
     """
     if spec.startswith("tfds:"):
-        try:
-            import tensorflow_datasets as tfds
-        except ImportError:
-            raise ValueError(
-                "tfds: data needs tensorflow-datasets; pip install 'tstitch_jax[train]'"
-            ) from None
-        try:
-            source = tfds.data_source(spec.removeprefix("tfds:"), split="train")
-        except Exception as error:  # a missing data set, network, or file: many unrelated types
-            text = " ".join(str(error).split())
-            if "No module named" in text:
-                text = "preparing it for the first time needs tensorflow; pip install tensorflow"
-            raise ValueError(f"cannot open {spec}: {text[:200]}") from error
-        return SourceImages(source)
+        return open_records(spec.removeprefix("tfds:"), split)
     if not os.path.isfile(spec):
         raise ValueError(f"no data at {spec}; give an .npz file, or tfds:NAME")
     try:
         with np.load(spec) as arrays:
-            images, labels = arrays["x_train"], arrays["y_train"]
+            images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
     except KeyError as error:
-        raise ValueError(f"{spec} has no array {error}; it needs x_train and y_train") from None
+        raise NoSplit(f"{spec} has no array {error}; it needs x_{split} and y_{split}") from None
     except Exception as error:  # a file that is cut or no archive fails in many ways
         raise ValueError(f"cannot read {spec} as .npz: {error}") from None
     return ArrayImages(images, labels)

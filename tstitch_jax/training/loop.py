@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.checkpoint import check_card, make_network, module_of, save
+from tstitch_jax.checkpoint import (
+    check_card,
+    check_classes,
+    make_feature_network,
+    make_network,
+    module_of,
+    save,
+)
 from tstitch_jax.networks import init_params
-from tstitch_jax.training.data import ArrayImages, Images, batch_indices, normalize, open_images
+from tstitch_jax.training.classification import accuracy, make_classifier_loss
+from tstitch_jax.training.data import (
+    ArrayImages,
+    Images,
+    NoSplit,
+    batch_indices,
+    normalize,
+    open_images,
+)
 from tstitch_jax.training.loss import make_loss
 from tstitch_jax.training.state import TrainState, init_state, make_optimizer, make_step
-from tstitch_jax.types import Card, Network
+from tstitch_jax.types import Card, FeatureCard, Params
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A training run; a file in ``configs/`` holds one as ``config``.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """What the training of any network is given.
 
     Attributes:
         card: The network to be trained; its sizes and checksum are filled in.
@@ -33,14 +50,12 @@ class TrainConfig:
         batch: Images per step.
         learning_rate, warmup, cooldown, weight_decay, clip: See ``make_optimizer``; in steps.
         ema: Decay of the average of parameters that becomes the network.
-        label_dropout: Probability of the null label.
-        min_snr: See ``weights``; None weighs all times alike.
         seed: Seed of the parameters, the batches and the noise.
-        save_every: Steps between checkpoints; a preview is drawn at each.
+        save_every: Steps between checkpoints.
         stored_dtype: What the finished network's parameters are stored in.
     """
 
-    card: Card
+    card: Card | FeatureCard
     data: str
     steps: int
     batch: int = 128
@@ -50,33 +65,72 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float = 0.999
-    label_dropout: float = 0.1
-    min_snr: float | None = 5.0
     seed: int = 0
     save_every: int = 500
     stored_dtype: str = "float32"
 
 
-def _check(config: TrainConfig, images: Images) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(BaseConfig):
+    """A run that trains a denoiser; a file in ``configs/`` holds one as ``config``.
+
+    Attributes:
+        label_dropout: Probability of the null label.
+        min_snr: See ``weights``; None weighs all times alike.
+    """
+
+    card: Card
+    label_dropout: float = 0.1
+    min_snr: float | None = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(BaseConfig):
+    """A run that trains a classifier. The accuracy on the data's test split, where it has one, is
+    logged at every checkpoint.
+
+    Attributes:
+        label_smoothing: Share of the wanted probability that all classes are given alike.
+        shift, flip: See ``augment``.
+    """
+
+    card: FeatureCard
+    label_smoothing: float = 0.1
+    shift: int = 2
+    flip: float = 0.5
+
+
+Config = TrainConfig | ClassifierConfig
+
+
+def _check(config: Config) -> None:
     """Raises ValueError for what would fail, or silently train something else, later on."""
-    if not isinstance(config.card, Card):
-        raise ValueError(f"card must be a Card, got {config.card!r}")
-    for field, low in dict(steps=1, batch=1, save_every=1, warmup=0, cooldown=0, seed=0).items():
-        value = getattr(config, field)
-        if type(value) is not int or value < low:
-            raise ValueError(f"{field} must be a whole number of at least {low}, got {value!r}")
+    kind = FeatureCard if isinstance(config, ClassifierConfig) else Card
+    if not isinstance(config.card, kind):
+        raise ValueError(f"card must be a {kind.__name__}, got {config.card!r}")
+    whole = dict(steps=1, batch=1, save_every=1, warmup=0, cooldown=0, seed=0)
     tiny = np.finfo(np.float32).tiny
-    for field, low, high in (
+    numbers = [
         ("learning_rate", tiny, np.inf),
         ("weight_decay", 0, np.inf),
         ("clip", tiny, np.inf),
         ("ema", 0, 1),
-        ("label_dropout", 0, 1),
-        ("min_snr", tiny, np.inf),
-    ):
+    ]
+    if isinstance(config, ClassifierConfig):
+        if config.card.architecture != "classifier":
+            raise ValueError(f"cannot train the architecture {config.card.architecture!r}")
+        whole["shift"] = 0
+        numbers += [("label_smoothing", 0, 1), ("flip", 0, 1)]
+    else:
+        numbers.append(("label_dropout", 0, 1))
+        if config.min_snr is not None:
+            numbers.append(("min_snr", tiny, np.inf))
+    for field, low in whole.items():
         value = getattr(config, field)
-        if field == "min_snr" and value is None:
-            continue
+        if type(value) is not int or value < low:
+            raise ValueError(f"{field} must be a whole number of at least {low}, got {value!r}")
+    for field, low, high in numbers:
+        value = getattr(config, field)
         if type(value) not in (int, float) or not low <= value <= high:
             raise ValueError(f"{field} must be a number from {low:g} to {high:g}, got {value!r}")
     if config.stored_dtype not in ("float32", "float16"):
@@ -86,6 +140,9 @@ def _check(config: TrainConfig, images: Images) -> None:
             f"warmup {config.warmup} and cooldown {config.cooldown} need at least as many steps, "
             f"got {config.steps}"
         )
+
+
+def _check_images(images: Images, config: Config) -> None:
     if len(images) < 1:
         raise ValueError(f"{config.data} holds no images")
     found, _ = images.read([0])
@@ -98,7 +155,7 @@ def _check(config: TrainConfig, images: Images) -> None:
         _check_labels(images.labels, config)
 
 
-def _check_labels(labels: np.ndarray, config: TrainConfig) -> None:
+def _check_labels(labels: np.ndarray, config: Config) -> None:
     if labels.min() < 0 or labels.max() >= config.card.num_classes:
         raise ValueError(
             f"{config.data} has labels {labels.min()} to {labels.max()}, "
@@ -106,7 +163,7 @@ def _check_labels(labels: np.ndarray, config: TrainConfig) -> None:
         )
 
 
-def _keep_settings(config: TrainConfig, file: Path, done: int | None) -> None:
+def _keep_settings(config: Config, file: Path, done: int | None) -> None:
     """Writes the settings of a run; refuses to go on with ones that would change it.
 
     Args:
@@ -150,39 +207,23 @@ def _cut_log(file: Path, step: int) -> None:
     os.replace(temporary, file)
 
 
-def train(
-    config: TrainConfig,
-    out: str | os.PathLike[str],
-    *,
-    images: Images | None = None,
-    preview: Callable[[Network, Path], None] | None = None,
-    progress: bool = True,
-) -> Network:
-    """Trains a network, or goes on where an earlier run with the same settings stopped.
+def _objective(config: Config) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    """The module that is trained, its loss, and what makes a network of a card and parameters."""
 
-    Args:
-        config: The run.
-        out: Its folder: ``settings.json``, ``log.csv``, ``checkpoints/``, previews, and at the end
-            ``network/``, the network's folder.
-        images: The data, instead of opening ``config.data``.
-        preview: Called with the averaged network and the path of a PNG at every checkpoint.
-        progress: Whether to show a progress bar.
+    def apply(params: Params, *inputs: jax.Array) -> Any:
+        return module.apply({"params": params}, *inputs)
 
-    Returns:
-        The network with averaged parameters.
-
-    Raises:
-        ValueError: If settings and data do not fit, or ``out`` holds a run with other settings.
-    """
-    import orbax.checkpoint as ocp
-    from tqdm import tqdm
-
-    images = open_images(config.data) if images is None else images
-    _check(config, images)
+    if isinstance(config, ClassifierConfig):
+        check_classes(config.card)
+        module = module_of(config.card)
+        loss = make_classifier_loss(
+            apply, shift=config.shift, flip=config.flip, label_smoothing=config.label_smoothing
+        )
+        return module, loss, make_feature_network
     schedule = check_card(config.card)
     module = module_of(config.card)
     loss = make_loss(
-        lambda params, *inputs: module.apply({"params": params}, *inputs),  # pyright: ignore
+        apply,
         schedule,
         config.card.target,
         learned_variance=config.card.learned_variance,
@@ -190,6 +231,49 @@ def train(
         label_dropout=config.label_dropout,
         null_label=config.card.num_classes,
     )
+    return module, loss, make_network
+
+
+def train(
+    config: Config,
+    out: str | os.PathLike[str],
+    *,
+    images: Images | None = None,
+    held_out: Images | None = None,
+    preview: Callable[[Any, Path], None] | None = None,
+    progress: bool = True,
+) -> Any:
+    """Trains a network, or goes on where an earlier run with the same settings stopped.
+
+    Args:
+        config: The run.
+        out: Its folder: ``settings.json``, ``log.csv``, ``checkpoints/``, previews, and at the end
+            ``network/``, the network's folder.
+        images: The data, instead of opening ``config.data``.
+        held_out: The test split of a classifier's data, likewise.
+        preview: Called with the averaged network and the path of a PNG at every checkpoint.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The network with averaged parameters, a ``Network`` or a ``FeatureNetwork``.
+
+    Raises:
+        ValueError: If settings and data do not fit, or ``out`` holds a run with other settings.
+    """
+    import orbax.checkpoint as ocp
+    from tqdm import tqdm
+
+    classifies = isinstance(config, ClassifierConfig)
+    if images is None:
+        images = open_images(config.data)
+        if classifies:
+            with contextlib.suppress(NoSplit):
+                held_out = open_images(config.data, "test")
+    _check(config)
+    _check_images(images, config)
+    if held_out is not None:
+        _check_images(held_out, config)
+    module, loss, make = _objective(config)
     optimizer = make_optimizer(
         config.learning_rate,
         steps=config.steps,
@@ -204,8 +288,8 @@ def train(
     out = Path(out)
     log_file = out / "log.csv"
 
-    def averaged(state: TrainState) -> Network:
-        return make_network(config.card, state.ema)
+    def averaged(state: TrainState) -> Any:
+        return make(config.card, state.ema)
 
     def fresh() -> TrainState:
         return init_state(init_params(module, init_key), optimizer)
@@ -236,7 +320,7 @@ def train(
         ):
             log = csv.writer(stream)
             if new_log:
-                log.writerow(["step", "loss", "gradient_norm"])
+                log.writerow(["step", "loss", "gradient_norm", *["accuracy"] * classifies])
             pending = []  # metrics left on the device, so that it need not wait for the host
             for step in range(start, config.steps):
                 x, y = images.read(
@@ -257,7 +341,10 @@ def train(
                             f"the loss is {means[0]} by step {done}; lower the learning rate. "
                             f"The last checkpoint in {out} is whole"
                         )
-                    log.writerow([done, *(f"{v:.6g}" for v in means)])
+                    score = ""
+                    if classifies and save_now and held_out is not None:
+                        score = f"{accuracy(averaged(state), held_out):.4f}"
+                    log.writerow([done, *(f"{v:.6g}" for v in means), *[score] * classifies])
                     bar.set_postfix(loss=f"{means[0]:.4f}")
                 if save_now:
                     stream.flush()

@@ -1,0 +1,33 @@
+"""Whether the best fraction moves with guidance: scales, an interval, autoguidance.
+
+Command:  tstitch sweep configs/sweep_guidance.py --out runs/guidance
+Data:     tensorflow-datasets' fashion_mnist; or --reference fashion_mnist.npz:x_test
+Cost:     450,000 images, about 23 hours on 2 CPU cores
+Expected: outside of the interval, and under autoguidance alone, steps at about half the price
+"""
+
+from sweep_fashion import PAIR, make
+
+from tstitch_jax import Point
+
+GUIDANCE = {
+    "scale 1.5": dict(cfg_scale=1.5),
+    "scale 2": dict(cfg_scale=2.0),
+    "scale 3": dict(cfg_scale=3.0),
+    "scale 2, noise levels 0.3 to 3": dict(cfg_scale=2.0, cfg_interval=[0.3, 3.0]),
+    "autoguidance by fashion-s": dict(cfg_scale=None, auto_scale=1.5),
+}
+
+config = make(
+    [
+        Point(
+            series=name,
+            x=fifths / 5,
+            networks=PAIR,
+            options=dict(fractions=[fifths / 5, 1 - fifths / 5], steps=50, **guidance),
+        )
+        for name, guidance in GUIDANCE.items()
+        for fifths in range(6)
+    ],
+    x_label="fraction of the steps taken by fashion-s",
+)

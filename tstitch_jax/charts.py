@@ -1,0 +1,148 @@
+"""Charts of results: curves by series, and quality against time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tstitch_jax.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe & Ito's, which the colour-blind tell apart, less the yellow, too faint on white."""
+
+MARKERS = "osD^vP*X"
+"""One more than there are colours, so that 56 series each have a pair of their own."""
+
+_LOG = 8
+"""Times that differ by more than this factor are drawn on a logarithmic axis."""
+
+
+class Line(NamedTuple):
+    """One series.
+
+    Attributes:
+        name: Its name.
+        x: Where its points lie: all numbers, or all names.
+        y: Their values.
+        errors: Half the length of the bar at each point, 0 for none.
+        labels: What the points are called where there is room for it.
+    """
+
+    name: str
+    x: Sequence[float | str]
+    y: Sequence[float]
+    errors: Sequence[float]
+    labels: Sequence[str] = ()
+
+
+def check_matplotlib() -> None:
+    """Raises ValueError if charts cannot be drawn for want of matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("charts need matplotlib; pip install 'tstitch_jax[plot]'") from None
+
+
+def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """An empty chart whose letters can be read at half its size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=16)
+    axes.set_xlabel(x_label, fontsize=16)
+    axes.set_ylabel(y_label, fontsize=16)
+    axes.tick_params(labelsize=14)
+    axes.grid(color="#DDDDDD")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _draw(axes: Axes, lines: Sequence[Line], *, joined: bool) -> None:
+    styles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+    for line, (colour, marker) in zip(lines, styles, strict=False):
+        x: Any = list(line.x)  # names too, which Matplotlib's types leave out
+        axes.errorbar(
+            x, line.y, line.errors, label=line.name, color=colour, marker=marker, markersize=9,
+            linestyle="-" if joined else "none", linewidth=2.2, elinewidth=1.4, capsize=4,
+        )  # fmt: skip
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """The names of the series below the chart, for which it grows; none for one series."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) > 1:
+        columns = 2 if max(map(len, names)) < 36 else 1
+        figure.set_figheight(figure.get_figheight() + 0.3 * -(-len(names) // columns))
+        figure.legend(
+            handles, names, loc="outside lower center", ncols=columns, fontsize=14, frameon=False
+        )
+
+
+def curves(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) -> Figure:
+    """Values against x, a line for each series, with error bars.
+
+    Names along x become places in the order they come in, and are not joined.
+    """
+    figure, axes = _axes(title, x_label, y_label)
+    names = any(isinstance(x, str) for line in lines for x in line.x)
+    _draw(axes, lines, joined=not names)
+    if names:
+        axes.margins(x=0.15)
+        axes.tick_params(axis="x", rotation=15)
+    _legend(figure, axes)
+    return figure
+
+
+def front(
+    lines: Sequence[Line], on_front: Sequence[Sequence[bool]], *, title: str, x_label: str,
+    y_label: str, label: str,
+) -> Figure:  # fmt: skip
+    """Values against time: all points by series, those of the Pareto front ringed and joined.
+
+    Args:
+        lines: Their x are seconds.
+        on_front: Of each line's points whether they are of the front; these are labelled where
+            they are at most 14.
+        title, x_label, y_label: What is written.
+        label: What the labels of points are.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    figure, axes = _axes(title, x_label, y_label)
+    _draw(axes, lines, joined=False)
+    best: list[tuple[Any, float, str]] = []
+    for line, chosen in zip(lines, on_front, strict=True):
+        best += itertools.compress(zip(line.x, line.y, line.labels, strict=True), chosen)
+    best.sort(key=lambda point: point[:2])
+    axes.plot(
+        [x for x, *_ in best], [y for _, y, _ in best], label=f"Pareto front, with {label}",
+        color="#444444", linestyle="--", linewidth=1.6, marker="o", markersize=17,
+        markerfacecolor="none",
+    )  # fmt: skip
+    for x, y, text in best if len(best) <= 14 else ():
+        axes.annotate(
+            text, (x, y), xytext=(11, 9), textcoords="offset points", fontsize=14, color="#222222"
+        )
+    times: list[Any] = [x for line in lines for x in line.x]
+    if max(times) > _LOG * min(times):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(0.1)
+    _legend(figure, axes)
+    return figure
+
+
+def write_chart(figure: Figure, path: Path) -> None:
+    """Writes a chart as a PNG, whole or not at all; raises OSError if that fails."""
+    with whole_file(path) as stream:
+        figure.savefig(stream, format="png")

@@ -1,0 +1,122 @@
+"""``tstitch evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tstitch_jax.cli.text import printable, table, whole
+
+if TYPE_CHECKING:
+    from tstitch_jax.evaluation import Evaluation
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    from tstitch_jax.evaluation import METRICS
+
+    sub.add_argument(
+        "samples", metavar="SAMPLES",
+        help="an .npz with arr_0, a folder of tstitch generate or of images, tfds:NAME:SPLIT, "
+        "FILE.npz:ARRAY",
+    )  # fmt: skip
+    sub.add_argument(
+        "reference", metavar="REFERENCE", nargs="?",
+        help="the same, or an .npz with mu, sigma, mu_s, sigma_s",
+    )  # fmt: skip
+    sub.add_argument(
+        "--features", default="inception", metavar="NAME",
+        help="inception (default), fashion, or the folder of a feature network",
+    )  # fmt: skip
+    sub.add_argument(
+        "--metrics", nargs="+", metavar="NAME",
+        help=f"of {', '.join(METRICS)} (default: all that can be had, without fid_infinity)",
+    )  # fmt: skip
+    sub.add_argument("--num", type=whole(1), metavar="N", help="only the first N samples")
+    sub.add_argument("--save-statistics", metavar="FILE",
+                     help="write mu, sigma, mu_s, sigma_s of SAMPLES to an .npz")  # fmt: skip
+    sub.add_argument("--out", metavar="FILE", help="write the result, with all settings, as JSON")
+    sub.add_argument("--picture", metavar="FILE",
+                     help="draw the samples nearest to REFERENCE and farthest from it")  # fmt: skip
+    sub.add_argument("--skip-broken", action="store_true",
+                     help="leave out, and count, broken images of a folder")  # fmt: skip
+    sub.add_argument(
+        "--batch", type=whole(1), default=32, metavar="B",
+        help="images of a device at a time (default: 32); no value depends on it",
+    )  # fmt: skip
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                     help="what the feature network computes in (default: float32)")  # fmt: skip
+
+
+def _load(name: str, dtype: Any) -> Any:
+    """A feature network by name, on all devices of this machine."""
+    import jax
+
+    from tstitch_jax import hub
+    from tstitch_jax.parallel import make_mesh
+    from tstitch_jax.types import FeatureNetwork
+
+    if f"{name}-features" in hub.embedded_names():
+        name = f"{name}-features"
+    network = hub.load(name, dtype, mesh=make_mesh(devices=jax.local_devices()))
+    if not isinstance(network, FeatureNetwork):
+        raise ValueError(
+            f"{name} is no feature network; give inception, fashion, or the folder of one"
+        )
+    return network
+
+
+def _show(result: Evaluation) -> None:
+    """The values as a table, and what they are of."""
+    from tstitch_jax.evaluation import METRICS, metric_key, metric_name
+
+    features, rows = result.features, []
+    for metric in METRICS:
+        key = metric_key(metric, features["name"])
+        if key in result.metrics:
+            error = f"± {result.errors[key]:.1g}" if key in result.errors else ""
+            value = result.metrics[key]
+            rows.append([metric_name(metric, features["name"]), f"{value:.5g}", error])
+    if rows:
+        print(table(["measure", "value", ""], rows))
+    print(f"\nsamples:   {result.samples['num']} images, {printable(result.samples['name'])}")
+    if result.reference is not None:
+        said = result.reference["num"]
+        num = f"{said} images" if said else "statistics"
+        print(f"reference: {num}, {printable(result.reference['name'])}")
+    print(f"features:  {features['name']}, {features['dtype']}, {features['checksum'][:12]}")
+    for note in result.notes:
+        print(f"note: {printable(note)}")
+
+
+def evaluate_command(arguments: argparse.Namespace) -> None:
+    import jax.numpy as jnp
+
+    from tstitch_jax import hub
+    from tstitch_jax.evaluation import evaluate, open_source
+    from tstitch_jax.files import check_writable
+
+    # What is wrong with the sets is said before a network is downloaded.
+    sources = [
+        spec and open_source(spec, skip_broken=arguments.skip_broken)
+        for spec in (arguments.samples, arguments.reference)
+    ]
+    if arguments.out is not None:
+        out = Path(arguments.out)
+        for source in filter(None, sources):
+            if source.path and out.exists() and out.samefile(source.path):
+                raise ValueError(f"{out} holds {source.name} itself; choose another file")
+        check_writable(out)
+    result = evaluate(
+        *sources,
+        features=_load(arguments.features, getattr(jnp, arguments.dtype)),
+        metrics=arguments.metrics,
+        num=arguments.num,
+        batch=arguments.batch,
+        statistics=arguments.save_statistics,
+        picture=arguments.picture,
+        cache=hub.cache_folder() / "features",
+    )
+    if arguments.out is not None:
+        result.save(arguments.out)
+    _show(result)

@@ -1,0 +1,684 @@
+"""Quality against time over many ways of sampling: a job that can be stopped and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from tstitch_jax import charts, hub, parallel, pictures, pipeline
+from tstitch_jax.evaluation import METRICS, evaluate, metric_key, metric_name, open_source
+from tstitch_jax.evaluation.request import check_request
+from tstitch_jax.evaluation.sources import Source
+from tstitch_jax.files import whole_file
+from tstitch_jax.generation import DEFAULTS, generate
+from tstitch_jax.plan import Plan
+from tstitch_jax.shards import differences
+from tstitch_jax.types import Autoencoder, FeatureNetwork, Network
+
+SETTINGS, TIMES, RESULTS = "settings.json", "times.json", "results.csv"
+
+ROUNDS = 5
+"""Timed runs of each point, after one that warms up; a median needs no more."""
+
+LOWER_IS_BETTER = ("fid", "sfid", "fid_infinity", "kid")
+"""The measures that are distances; of the others more is better."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One way of sampling, and where it stands in the charts.
+
+    Attributes:
+        series: The curve that it belongs to.
+        x: Its place on the horizontal axis: a number, or in a sweep without an axis a name.
+        networks: Names or folders, as ``load`` takes them, first steps first.
+        options: Those of ``generate``: ``fractions`` or ``plan`` (a ``Plan``, or the list of its
+            networks by step), ``steps``, ``spacing``, ``solver``, ``eta``, ``cfg_scale``,
+            ``cfg_channels``, ``cfg_rescale``, ``cfg_interval``, ``auto_scale``.
+    """
+
+    series: str
+    x: float | int | str
+    networks: Sequence[str]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A sweep; a file in ``configs/`` holds one as ``config``.
+
+    Attributes:
+        points: The ways of sampling; no two of a series at one x.
+        reference: What the images are measured against (``open_source``).
+        features: Name or folder of the feature network.
+        metrics: Of ``evaluation.METRICS``; the first is set against time.
+        num: Images of each point and seed.
+        seeds: Of the images, the same at all points; more may be added later.
+        batch: Images of a device at a time.
+        x_label: What the horizontal axis is.
+        dtype: What the networks compute in, ``"float32"`` or ``"bfloat16"``.
+        keep_images: Whether to keep all images, and not only the first ten of each point.
+    """
+
+    points: Sequence[Point]
+    reference: str
+    features: str
+    metrics: Sequence[str]
+    num: int
+    seeds: Sequence[int]
+    x_label: str
+    batch: int = 16
+    dtype: str = "float32"
+    keep_images: bool = False
+
+
+class Estimate(NamedTuple):
+    """What is to be expected of a point.
+
+    Attributes:
+        point: The point.
+        plan: Its plan in words.
+        cost: Multiply-adds of an image, those of the dearest point being 1.
+        seconds: Of an image.
+    """
+
+    point: Point
+    plan: str
+    cost: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Way:
+    """A point that has been checked.
+
+    Attributes:
+        point: The point.
+        name: What its files are called.
+        networks, autoencoder: Loaded.
+        options: Those of ``generate``, all of them.
+        request: A batch for each device, to measure the time of.
+    """
+
+    point: Point
+    name: str
+    networks: list[Network]
+    autoencoder: Autoencoder | None
+    options: dict[str, Any]
+    request: pipeline.Sampling
+
+    @property
+    def names(self) -> list[str]:
+        return [network.card.name for network in self.networks]
+
+    @property
+    def plan(self) -> str:
+        """The plan in words, that of many runs by its counts."""
+        plan = self.request.plan
+        if len(plan.runs()) <= 4:
+            return plan.describe(self.names)
+        counts = zip(self.names, plan.counts(), strict=True)
+        return ", ".join(f"{name} x {n}" for name, n in counts) + f" in {len(plan.runs())} runs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """Everything that a sweep works with, checked and loaded."""
+
+    config: SweepConfig
+    ways: list[_Way]
+    features: FeatureNetwork
+    reference: Source
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the values depend on, as JSON holds it, but for the seeds."""
+        config, leaf = self.config, jax.tree.leaves(self.features.params)[0]
+        common = {
+            "reference": config.reference,
+            "features": [self.features.card.name, self.features.card.checksum],
+            **{k: getattr(config, k) for k in ("metrics", "num", "batch", "dtype")},
+            "platform": next(iter(leaf.devices())).platform,
+            "jax": jax.__version__,
+        }
+        points = {}
+        for way in self.ways:
+            kept = {k: v for k, v in way.options.items() if k not in ("fractions", "plan", "steps")}
+            inputs = way.request.inputs
+            points[way.name] = {
+                "networks": [[n.card.name, n.card.checksum] for n in way.networks],
+                "autoencoder": way.autoencoder and way.autoencoder.card.checksum,
+                "plan": np.asarray(inputs.given.plan.networks).tolist(),
+                "times": np.asarray(inputs.knots.time, np.float64).tolist(),
+                **kept,
+            }
+        return json.loads(json.dumps({"common": common, "points": points}, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and NumPy's numbers for JSON; raises TypeError for all else."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"settings are numbers, texts and lists, got {value!r:.80}")
+
+
+def _x(point: Point) -> str:
+    return f"{point.x:g}" if isinstance(point.x, int | float) else str(point.x)
+
+
+def _where(point: Point) -> str:
+    return f"point {_x(point)} of {point.series!r}"
+
+
+def _name(point: Point) -> str:
+    return re.sub(r"[^\w.+-]+", "-", f"{point.series} {_x(point)}").strip("-.")
+
+
+def _check(config: SweepConfig) -> None:
+    """Raises ValueError for what no network need be loaded to see."""
+
+    def numbers(name: str, values: Any, low: int) -> None:
+        for value in values:
+            if type(value) is not int or not low <= value < 2**32:
+                raise ValueError(
+                    f"{name} must be whole numbers of at least {low}, below 2^32, got {value!r:.80}"
+                )
+
+    numbers("num and batch", (config.num, config.batch), 1)
+    numbers("seeds", config.seeds, 0)
+    for name in ("points", "metrics", "seeds"):
+        if not getattr(config, name):
+            raise ValueError(f"the sweep has no {name}")
+    for name in ("metrics", "seeds"):
+        if len(set(getattr(config, name))) < len(getattr(config, name)):
+            raise ValueError(f"{name} must differ, got {list(getattr(config, name))}")
+    if wrong := [metric for metric in config.metrics if metric not in METRICS]:
+        raise ValueError(f"unknown measure {wrong[0]!r}; choose from {', '.join(METRICS)}")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, got {config.dtype!r}")
+    names: dict[str, Point] = {}
+    for point in config.points:
+        if not isinstance(point, Point):
+            raise ValueError(f"points must be ts.Point, got {point!r:.80}")
+        number = isinstance(point.x, int | float) and math.isfinite(point.x)
+        if not number and not isinstance(point.x, str):
+            raise ValueError(f"{_where(point)}: x must be a finite number or a name")
+        if isinstance(point.x, str) != isinstance(config.points[0].x, str):
+            raise ValueError(f"{_where(point)}: x must be numbers at all points, or names at all")
+        if isinstance(point.networks, str) or not point.networks:
+            raise ValueError(f"{_where(point)}: networks must be a list of names")
+        other = names.setdefault(_name(point), point)
+        if other is not point:
+            raise ValueError(f"{_where(point)} and {_where(other)} have one name, {_name(point)}")
+
+
+def _open_way(config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict[str, Any]) -> _Way:
+    """A point's networks and its options; raises ValueError if something is wrong with them."""
+
+    def load(name: str) -> Any:
+        if name not in loaded:
+            loaded[name] = hub.load(name, getattr(jnp, config.dtype), mesh=mesh)
+        return loaded[name]
+
+    if wrong := sorted(point.options.keys() - DEFAULTS.keys()):
+        raise ValueError(f"no option {wrong[0]!r}; choose from {', '.join(DEFAULTS)}")
+    options = DEFAULTS | point.options
+    if not isinstance(options["solver"], str):
+        raise ValueError(f"the solver must be a name, got {options['solver']!r:.60}")
+    if isinstance(options["plan"], list | tuple | np.ndarray):
+        options["plan"] = Plan.from_list(options["plan"], len(point.networks))
+    networks = [load(name) for name in point.networks]
+    for name, network in zip(point.networks, networks, strict=True):
+        if not isinstance(network, Network):
+            raise ValueError(f"{name} draws no images")
+    coder = networks[-1].card.autoencoder
+    coder = load(coder) if coder else None
+    devices = 1 if mesh is None else mesh.shape[parallel.DATA]
+    labels = np.resize(np.arange(networks[-1].card.num_classes), config.batch * devices)
+    request = pipeline.prepare(
+        jax.random.key(0), networks, labels=labels.tolist(), autoencoder=coder, **options
+    )
+    return _Way(
+        point=point, name=_name(point), networks=networks, autoencoder=coder, options=options,
+        request=request,
+    )  # fmt: skip
+
+
+def _open(config: SweepConfig, mesh: Mesh | None) -> _Job:
+    """Checks a sweep and loads what it works with; nothing is computed, and nothing written."""
+    _check(config)
+    reference, loaded, ways = open_source(config.reference), {}, []
+    for point in config.points:
+        try:
+            ways.append(_open_way(config, point, mesh, loaded))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{_where(point)}: {error}") from None
+    features = hub.load(config.features, mesh=mesh)
+    for way in ways:
+        height, width, _ = jax.eval_shape(way.request.function, way.request.inputs).shape[1:]
+        classes = way.networks[-1].card.num_classes
+        samples = Source(
+            name="its images", count=config.num, shape=(height, width, 3),
+            labels=np.arange(config.num) % classes,
+        )  # fmt: skip
+        try:
+            check_request(samples, reference, features, config.metrics, None)
+        except ValueError as error:
+            raise ValueError(f"{_where(way.point)}: {error}") from None
+    return _Job(config=config, ways=ways, features=features, reference=reference)
+
+
+def _rows(way: _Way) -> np.ndarray:
+    """How often an image goes through each network, float ``[K]``.
+
+    Guidance sends it through twice, autoguidance through the first network too, and Heun's method
+    asks twice a step.
+    """
+    given = way.request.inputs.given
+    plan = np.asarray(given.plan.networks)
+
+    def guided(scale: Any) -> np.ndarray:
+        """Whether each step is; a scale for all steps guides whatever it is."""
+        if scale is None:
+            return np.zeros(len(plan))
+        return np.ones(len(plan)) if np.ndim(scale) == 0 else np.asarray(scale) != 1
+
+    rows = np.zeros(len(way.networks))
+    for k, scale in enumerate(given.scales):
+        rows[k] += (1 + guided(scale))[plan == k].sum()
+        if k:
+            rows[0] += guided(given.auto_scale)[plan == k].sum()
+    return rows * (2 if way.options["solver"].endswith("heun") else 1)
+
+
+def estimate(config: SweepConfig, *, mesh: Mesh | None = None) -> list[Estimate]:
+    """What a sweep will cost, from one measured step of each network.
+
+    The networks' own times, without those of an autoencoder and of measuring the images.
+
+    Args:
+        config: The sweep.
+        mesh: As for ``sweep``.
+
+    Raises:
+        ValueError: As ``sweep`` does, before anything is computed.
+    """
+    job = _open(config, mesh)
+    seconds: dict[int, float] = {}
+    for network in {id(n): n for way in job.ways for n in way.networks}.values():
+        labels = np.resize(np.arange(network.card.num_classes), job.ways[0].request.batch)
+        step = pipeline.prepare(
+            jax.random.key(0), [network], labels=labels.tolist(), steps=1, cfg_scale=None,
+            decode=False,
+        )  # fmt: skip
+        times = [_timed(step) for _ in range(4)][1:]
+        seconds[id(network)] = statistics.median(times)
+    rows = [_rows(way) for way in job.ways]
+    costs = [
+        float(np.dot(row, [n.card.macs for n in way.networks]))
+        for row, way in zip(rows, job.ways, strict=True)
+    ]
+    return [
+        Estimate(
+            way.point, way.plan, cost / (max(costs) or 1),
+            float(np.dot(row, [seconds[id(n)] for n in way.networks])),
+        )
+        for way, cost, row in zip(job.ways, costs, rows, strict=True)
+    ]  # fmt: skip
+
+
+def _timed(request: pipeline.Sampling) -> float:
+    """Seconds per image; compiles where nothing alike has run before."""
+    start = time.perf_counter()
+    jax.block_until_ready(request.run())
+    return (time.perf_counter() - start) / request.batch
+
+
+def _read(file: Path) -> Any:
+    """What a file of JSON holds; None if it is not there, or damaged."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write(file: Path, value: Any) -> None:
+    with whole_file(file) as stream:
+        stream.write((json.dumps(value, indent=1, default=_plain) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _opened(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Makes the folder, or accepts one of the same settings, for us alone.
+
+    Raises:
+        ValueError: If there is something else in that place, or another process works on it.
+        OSError: If it cannot be written.
+    """
+    file = out / SETTINGS
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        others = [p.name for p in out.iterdir() if not p.name.startswith(".")]
+        if others and not file.exists():
+            raise ValueError(f"{out} holds other things ({others[0]}); choose another folder")
+        held = filelock.FileLock(out / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"another process works on {out}; wait for it") from None
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{out} is not a folder; choose another place") from None
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {out}: {error.strerror or error}") from error
+    with held:
+        old = _read(file) if file.exists() else settings
+        if not isinstance(old, dict) or not old.keys() == settings.keys():
+            raise ValueError(f"{file} is damaged; choose another folder")
+        said = differences(old["common"], settings["common"])
+        for name in old["points"].keys() & settings["points"].keys():
+            said += differences(old["points"][name], settings["points"][name], name)
+        if said:
+            raise ValueError(
+                f"{out} holds a sweep of other settings: {'; '.join(said)}; choose another folder"
+            )
+        _write(file, settings | {"points": old["points"] | settings["points"]})
+        for left in (*out.glob(".*.tmp"), *out.glob("*/.*.tmp")):
+            left.unlink(missing_ok=True)
+        yield
+
+
+def _times(job: _Job, file: Path, progress: bool) -> dict[str, list[float]]:
+    """Seconds per image of each point and round, from the file or measured.
+
+    Each round goes through all points, so that what slows the machine for a while slows them all.
+    """
+    devices = jax.tree.leaves(job.ways[0].networks[0].params)[0].devices()
+    place = [len(devices), next(iter(devices)).device_kind]
+    stored, names = _read(file), [way.name for way in job.ways]
+    if isinstance(stored, dict) and stored.get("devices") == place:
+        times = stored["seconds_per_image"]
+        if set(names) <= times.keys():
+            return {name: times[name] for name in names}
+    times = {name: [] for name in names}
+    total = len(names) * (ROUNDS + 1)
+    with tqdm(total=total, desc="timing", unit="run", disable=not progress) as bar:
+        for turn in range(ROUNDS + 1):
+            for way in job.ways:
+                seconds = _timed(way.request)
+                if turn:  # the first round compiles and warms up
+                    times[way.name].append(seconds)
+                bar.update()
+    _write(file, {"devices": place, "seconds_per_image": times})
+    return times
+
+
+@contextlib.contextmanager
+def _followed(bar: tqdm, folder: Path, batch: int, num: int, weight: float) -> Iterator[None]:
+    """Moves the bar while a job of ``generate`` fills its folder."""
+    before, done = bar.n, threading.Event()
+
+    def follow() -> None:
+        while not done.wait(1):
+            images = min(num, batch * len(list(folder.glob("shards/*.npz"))))
+            bar.update(before + round(images * weight) - bar.n)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    bar.update(before + round(num * weight) - bar.n)
+
+
+def _draw(way: _Way, images: Path, file: Path) -> None:
+    """A row of the first ten images."""
+    source, card = open_source(images), way.networks[-1].card
+    first = next(source.read(min(10, source.count)))
+    labels = [k % card.num_classes for k in range(len(first))]
+    picture = pictures.grid(
+        first[None].astype(np.float32) / 127.5 - 1,
+        [""],
+        [card.class_names[k] if card.class_names else str(k) for k in labels],
+        title=f"{way.point.series}, {_x(way.point)}",
+        footer=way.plan,
+    )
+    file.parent.mkdir(exist_ok=True)
+    pictures.write_png(picture, file)
+
+
+def _measure(job: _Job, way: _Way, seed: int, out: Path, bar: tqdm, weight: float) -> None:
+    """Images of a point and seed, and then their values, in a file that is there when all is."""
+    config, name = job.config, f"{way.name}-seed{seed}"
+    images, result = out / "images" / name, out / "results" / f"{name}.json"
+    with _followed(bar, images, config.batch, config.num, weight):
+        generate(
+            images, way.networks, num=config.num, seed=seed, batch=config.batch,
+            autoencoder=way.autoencoder, progress=False, **way.options,
+        )  # fmt: skip
+    found = evaluate(
+        images, job.reference, features=job.features, metrics=config.metrics,
+        cache=out / ".features", progress=False,
+    )  # fmt: skip
+    if seed == config.seeds[0]:
+        _draw(way, images, out / "pictures" / f"{way.name}.png")
+    result.parent.mkdir(exist_ok=True)
+    point = dataclasses.asdict(way.point) | {"plan": way.plan}
+    _write(result, {"point": point, "seed": seed, **dataclasses.asdict(found)})
+
+
+def pareto_front(
+    costs: Sequence[float | int], values: Sequence[float | int], *, lower_is_better: bool
+) -> list[bool]:
+    """Which points no other one is better than, in cost or value, without being worse in either.
+
+    Equal points are all of the front, or none is; one that is not finite is not.
+
+    >>> pareto_front([1, 2, 3], [9, 4, 5], lower_is_better=True)
+    [True, True, False]
+    """
+    sign = 1 if lower_is_better else -1
+    points = [(cost, sign * value) for cost, value in zip(costs, values, strict=True)]
+    finite = {point for point in points if all(map(math.isfinite, point))}
+
+    def beaten(own: tuple[float | int, float | int]) -> bool:
+        return any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in finite)
+
+    return [point in finite and not beaten(point) for point in points]
+
+
+def _guidance(options: dict[str, Any]) -> str:
+    """The guidance of a point in words."""
+    scale, auto = options["cfg_scale"], options["auto_scale"]
+    parts = [] if scale is None else [f"{scale}"]
+    parts += [] if auto is None else [f"auto {auto:g}"]
+    if options["cfg_interval"] is not None:
+        parts.append("at {:g} to {:g}".format(*options["cfg_interval"]))
+    return ", ".join(parts) or "none"
+
+
+class _Row(NamedTuple):
+    """A point's results: mean and deviation over the seeds of each measure, and its time."""
+
+    way: _Way
+    means: list[float]
+    errors: list[float]
+    seconds: float
+    front: bool
+
+
+def _collect(job: _Job, out: Path, times: dict[str, list[float]]) -> list[_Row]:
+    keys = [metric_key(metric, job.features.card.name) for metric in job.config.metrics]
+    found = []
+    for way in job.ways:
+        files = [out / "results" / f"{way.name}-seed{seed}.json" for seed in job.config.seeds]
+        values = np.array([[_read(file)["metrics"][key] for key in keys] for file in files])
+        deviation = values.std(axis=0, ddof=1) if len(files) > 1 else np.zeros(len(keys))
+        found.append((way, values.mean(axis=0).tolist(), deviation.tolist()))
+    seconds = [statistics.median(times[way.name]) for way in job.ways]
+    front = pareto_front(
+        seconds, [means[0] for _, means, _ in found],
+        lower_is_better=job.config.metrics[0] in LOWER_IS_BETTER,
+    )  # fmt: skip
+    return [
+        _Row(way, means, errors, each, best)
+        for (way, means, errors), each, best in zip(found, seconds, front, strict=True)
+    ]
+
+
+def _write_table(job: _Job, rows: Sequence[_Row], file: Path) -> None:
+    config, text = job.config, io.StringIO()
+    keys = [metric_key(metric, job.features.card.name) for metric in config.metrics]
+    table, dearest = csv.writer(text, lineterminator="\n"), max(row.seconds for row in rows)
+    table.writerow([
+        "series", "x", "networks", "plan", "steps", "solver", "guidance",
+        *(name for key in keys for name in (key, f"{key}_std")), "images", "seeds",
+        "seconds_per_image", "speedup", "pareto",
+    ])  # fmt: skip
+    for way, means, errors, seconds, front in rows:
+        measured = [
+            [f"{mean:.6g}", f"{error:.3g}" if len(config.seeds) > 1 else ""]
+            for mean, error in zip(means, errors, strict=True)
+        ]
+        table.writerow([
+            way.point.series, _x(way.point), " + ".join(way.names), way.plan,
+            way.request.plan.steps, way.options["solver"], _guidance(way.options),
+            *(cell for pair in measured for cell in pair), config.num, len(config.seeds),
+            f"{seconds:.6g}", f"{dearest / seconds:.4g}", "yes" if front else "no",
+        ])  # fmt: skip
+    with whole_file(file) as stream:
+        stream.write(text.getvalue().encode())
+
+
+def _write_charts(job: _Job, rows: Sequence[_Row], out: Path) -> None:
+    config, features = job.config, job.features.card.name
+    series: dict[str, list[_Row]] = {}
+    for row in rows:
+        series.setdefault(row.way.point.series, []).append(row)
+    for own in series.values():
+        if not isinstance(config.points[0].x, str):
+            own.sort(key=lambda row: float(row.way.point.x))
+    num = f"{config.num} images"
+    if len(config.seeds) > 1:
+        num += f", {len(config.seeds)} seeds"
+
+    def names(metric: str) -> tuple[str, str, str]:
+        """A measure, what a title says below it, and what an axis says of it."""
+        name, _, of = metric_name(metric, features).partition(" (")
+        name = name[0].upper() + name[1:]
+        better = "lower" if metric in LOWER_IS_BETTER else "higher"
+        below = f"{num}, in {features}" if of else num
+        return name, below, f"{name} ({better} is better)"
+
+    for k, metric in enumerate(config.metrics):
+        title, below, label = names(metric)
+        lines = [
+            charts.Line(name, [row.way.point.x for row in own], [row.means[k] for row in own],
+                        [row.errors[k] for row in own])
+            for name, own in series.items()
+        ]  # fmt: skip
+        figure = charts.curves(
+            lines, title=f"{title}\n{below}", x_label=config.x_label, y_label=label
+        )
+        charts.write_chart(figure, out / f"{metric_key(metric, features)}.png")
+    lines = [
+        charts.Line(
+            name, [row.seconds for row in own], [row.means[0] for row in own],
+            [row.errors[0] for row in own], [_x(row.way.point) for row in own],
+        )
+        for name, own in series.items()
+    ]  # fmt: skip
+    title, below, label = names(config.metrics[0])
+    figure = charts.front(
+        lines, [[row.front for row in own] for own in series.values()],
+        title=f"{title} against time\n{below}", x_label="seconds per image (lower is better)",
+        y_label=label, label=config.x_label,
+    )  # fmt: skip
+    charts.write_chart(figure, out / "pareto.png")
+
+
+def sweep(
+    config: SweepConfig, out: str | os.PathLike[str], *, mesh: Mesh | None = None,
+    progress: bool = True,
+) -> Path:  # fmt: skip
+    """Measures quality and time of many ways of sampling, and draws the one against the other.
+
+    First the time of each, without compilation, in rounds that go through all points; then images
+    and their values, one seed of all points before the next. Points of one number of networks,
+    images, steps and solver share their compiled programs, one that is timed and one that
+    generates. Stopped at any moment, it goes on where it was when it is called again; points and
+    seeds may then have been added.
+
+    Args:
+        config: The sweep.
+        out: The folder: ``results.csv``, a chart ``KEY.png`` for each measure, ``pareto.png`` (the
+            first measure against time), ``times.json``, ``results/``, ``pictures/`` with the first
+            ten images of each point, and while they are needed ``images/``.
+        mesh: Devices to work on; the default one alone unless given. Seconds per image are those
+            of all of them together.
+        progress: Whether to show progress.
+
+    Returns:
+        The path of ``results.csv``.
+
+    Raises:
+        ValueError: If a point, the reference or a setting is not as said (the error names the
+            point), or the folder holds other things or a sweep of other settings; before anything
+            is computed.
+        OSError: If a file cannot be written. What is done is kept.
+        FloatingPointError: If a point's images are not finite.
+    """
+    charts.check_matplotlib()
+    job, out = _open(config, mesh), Path(out)
+    with _opened(out, job.settings):
+        times = _times(job, out / TIMES, progress)
+        seconds = {name: statistics.median(own) for name, own in times.items()}
+        mean = statistics.mean(seconds.values())
+
+        def is_done(way: _Way, seed: int) -> bool:
+            found = _read(out / "results" / f"{way.name}-seed{seed}.json")
+            return isinstance(found, dict) and "metrics" in found
+
+        # One seed of all points, then the next: a curve is there soon, and its error bars later.
+        every = [(way, seed) for seed in config.seeds for way in job.ways]
+        # An image counts for as much as it takes, so that the time left is right.
+        shares = [seconds[way.name] / mean for way, _ in every]
+        total, had = sum(round(config.num * share) for share in shares), 0
+        with tqdm(total=total, unit="img", smoothing=0.05, disable=not progress) as bar:
+            for (way, seed), share in zip(every, shares, strict=True):
+                images = out / "images" / f"{way.name}-seed{seed}"
+                if is_done(way, seed):
+                    had += round(config.num * share)
+                    bar.initial = had  # which the rate leaves out
+                    bar.update(round(config.num * share))
+                else:
+                    bar.set_description(f"{_where(way.point)}, seed {seed}")
+                    try:
+                        _measure(job, way, seed, out, bar, share)
+                    except FloatingPointError as error:
+                        raise FloatingPointError(f"{_where(way.point)}: {error}") from None
+                if not config.keep_images:
+                    shutil.rmtree(images, ignore_errors=True)
+        rows = _collect(job, out, times)
+        _write_table(job, rows, out / RESULTS)
+        _write_charts(job, rows, out)
+    return out / RESULTS
