@@ -1,5 +1,6 @@
 """Samples against a reference: sources, the pass over them, results, and the command."""
 
+import dataclasses
 import json
 import os
 
@@ -163,8 +164,6 @@ def test_statistics_of_other_features_are_refused(network, sets, tmp_path):
 
 
 def test_accuracy_and_the_names_of_other_features(network, sets):
-    import dataclasses
-
     labels = direct(network, sets[0]).logits.argmax(-1)
     labels[:9] = (labels[:9] + 1) % CLASSES
     own = dataclasses.replace(network, card=dataclasses.replace(network.card, name="mine"))
@@ -376,7 +375,7 @@ def test_a_cut_archive_is_refused(tmp_path):
         (dict(batch=0), "batch must be"),
         (
             dict(samples=images(3), metrics=["precision"]),
-            "precision cannot be measured: it needs at least 4 images, the array of samples has 3",
+            "precision cannot be measured: it needs at least 4 images, there are 3 in the array",
         ),
         (dict(reference=images(1), metrics=["fid"]), "it needs at least 2 images"),
         (dict(samples=images(1), statistics="a.npz"), "statistics need at least 2 images"),
@@ -401,6 +400,29 @@ def test_bad_requests_are_refused_before_anything_is_read(
 def test_few_images_leave_out_what_needs_more(network, sets):
     found = evaluate(images(3), sets[1], features=network, progress=False)
     assert list(found.metrics) == ["fid", "sfid", "kid", "is"]
+
+
+def test_a_reference_is_gone_through_once(network, sets, monkeypatch):
+    calls, called = [], Extractor.__call__
+
+    def counting(self, pixels):
+        calls.append(len(pixels))
+        return called(self, pixels)
+
+    monkeypatch.setattr(Extractor, "__call__", counting)
+    reference = from_array("reference", sets[1])
+    first, second = (
+        evaluate(sets[0], reference, features=network, progress=False) for _ in range(2)
+    )
+    assert calls == [90, 70, 90]
+    assert first.metrics == second.metrics
+
+
+def test_sorted_samples_are_told_of(network, sets):
+    samples = dataclasses.replace(from_array("samples", sets[0]), labels=np.arange(90) // 30)
+    for each, told in ((samples, True), (from_array("samples", sets[0]), False)):
+        found = evaluate(each, features=network, metrics=["is"], progress=False)
+        assert any("sorted by class" in note for note in found.notes) == told
 
 
 def test_an_array_is_not_measured_by_the_statistics_beside_it(network, sets, tmp_path):
@@ -457,8 +479,6 @@ def test_features_that_are_not_finite_are_refused(sets):
 
 
 def test_colour_is_refused_by_a_network_of_grey_images(network, sets):
-    import dataclasses
-
     card = dataclasses.replace(network.card, image_shape=(SIDE, SIDE, 1))
     params = dict(network.params, pool=network.params["pool"][:36])
     grey = dataclasses.replace(network, card=card, params=params)
@@ -493,7 +513,7 @@ def test_the_command(garments, capsys):
     ) == 0  # fmt: skip
     shown = capsys.readouterr().out
     for text in ("Frechet distance (fashion-features)", "accuracy on the labels", "20 images",
-                 "real.npz:x_test"):  # fmt: skip
+                 "real.npz:x_test", "written: deep/r.json"):  # fmt: skip
         assert text in shown
     assert "FID" not in shown
     stored = json.loads((garments / "deep" / "r.json").read_text())

@@ -430,8 +430,9 @@ def find(name: str | os.PathLike[str]) -> Path:
         OSError: If the disk is full.
     """
     text = str(name)
-    if text in embedded_names():
-        return EMBEDDED / text
+    for embedded in (text, f"{text}-features"):
+        if embedded in embedded_names():
+            return EMBEDDED / embedded
     if Path(name).is_dir():
         return Path(name)
     if text in PUBLIC:
@@ -449,8 +450,9 @@ def load(
     """Loads a network onto the default device, or onto a mesh of them.
 
     Args:
-        name: An embedded name such as ``"fashion-s"``, a public name such as ``"dit-xl-2-256"``
-            (downloaded and converted the first time), or the path of a network folder.
+        name: An embedded name such as ``"fashion-s"`` (``"fashion"`` for the feature network), a
+            public name such as ``"dit-xl-2-256"`` (downloaded and converted the first time), or the
+            path of a network folder.
         dtype: What the network computes in, float32 or bfloat16; see ``make_network``.
         mesh: From ``ts.make_mesh``; see ``ts.shard``. No device then holds more than its part.
 

@@ -56,8 +56,6 @@ def _load(name: str, dtype: Any) -> Any:
     from tstitch_jax.parallel import make_mesh
     from tstitch_jax.types import FeatureNetwork
 
-    if f"{name}-features" in hub.embedded_names():
-        name = f"{name}-features"
     network = hub.load(name, dtype, mesh=make_mesh(devices=jax.local_devices()))
     if not isinstance(network, FeatureNetwork):
         raise ValueError(
@@ -120,3 +118,6 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         result.save(arguments.out)
     _show(result)
+    for path in (arguments.save_statistics, arguments.out, arguments.picture):
+        if path is not None:
+            print(f"written: {path}")

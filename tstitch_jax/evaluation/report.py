@@ -95,10 +95,19 @@ def notes(
             f"this is the FID of {num} images, which is higher than that of {PUBLISHED_NUM}, the "
             "published number: compare it with those of as many only, or measure fid_infinity"
         )
-    if {"fid", "sfid", "fid_infinity"} & set(metrics) and num <= size:
+    distances = {"fid", "sfid", "fid_infinity"} & set(metrics)
+    for each in (samples, *([reference] if reference is not None else [])):
+        if distances and 0 < each["num"] <= size:
+            yield (
+                f"{each['num']} images ({each['name']}) do not determine the covariance of {size} "
+                "features; the Frechet distance says little"
+            )
+    if "is" in metrics and samples["sorted"]:
+        yield "the samples are sorted by class, which makes the score of each split a low one"
+    if reference is not None and not reference["sha256"] and distances:
         yield (
-            f"{num} images do not determine the covariance of {size} features; the Frechet "
-            "distance says little"
+            f"KID, precision and recall need the reference's images, {reference['name']} has "
+            "statistics only"
         )
     if reference is not None:
         if reference["sha256"] and reference["sha256"] == samples["sha256"]:

@@ -131,7 +131,7 @@ def check_request(
     for metric in METRICS:
         least = _LEAST.get(metric, 1)
         lacks[metric] += [
-            f"it needs at least {least} images, {name} has {count}"
+            f"it needs at least {least} images, there are {count} in {name}"
             for name, count in sets
             if count < least
         ]

@@ -45,6 +45,7 @@ class Source:
         settings: How the images were made, as ``tstitch generate`` has it.
         skipped: Names of broken images that were left out; grows while they are read.
         path: The file or folder, or None.
+        measured: What was found of it as a reference, so that it is not computed again.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Source:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     skipped: list[str] = dataclasses.field(default_factory=list)
     path: Path | None = None
+    measured: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 def _check_array(name: str, shape: tuple[int, ...], dtype: Any) -> None:
@@ -176,7 +178,7 @@ def _open_npz(path: Path, array: str) -> Source:
             statistics = _statistics(path, stored) if key == "arr_0" else {}
             labels = stored[of] if of in names and of != key else None
     except _DAMAGED as error:
-        text = str(error)
+        text = "it is no archive" if "pickled" in str(error) else str(error)
         raise ValueError(
             text if text.startswith(str(path)) else f"cannot read {path} as .npz: {text}"
         ) from None
@@ -379,7 +381,7 @@ def open_source(spec: str | os.PathLike[str], *, skip_broken: bool = False) -> S
     if dot and not path.exists():
         path, array = Path(f"{file}.npz"), after
         if not path.is_file() or not array:
-            raise ValueError(f"{text} names an array of {path}, which is no .npz file")
+            raise ValueError(f"{text} names an array of {path}, which is no file")
     if path.is_dir():
         if (path / "settings.json").is_file():
             return _open_generated(path)
