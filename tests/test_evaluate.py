@@ -152,6 +152,11 @@ def test_published_reference_files(network, sets, measured, tmp_path):
     assert found.metrics["fid"] > measured.metrics["fid"] + 5
     assert found.metrics["precision"] == measured.metrics["precision"]
     assert found.metrics["sfid"] == measured.metrics["sfid"]  # which it has no statistics of
+    found = evaluate(sets[0], path, features=network, metrics=["fid"], progress=False)
+    assert not any("statistics only" in note for note in found.notes)
+    np.savez(path, mu=theirs.mean(0), sigma=np.cov(theirs, rowvar=False))
+    found = evaluate(sets[0], path, features=network, metrics=["fid"], progress=False)
+    assert any("statistics only" in note for note in found.notes)
 
 
 def test_statistics_of_other_features_are_refused(network, sets, tmp_path):

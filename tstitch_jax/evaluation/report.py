@@ -104,7 +104,7 @@ def notes(
             )
     if "is" in metrics and samples["sorted"]:
         yield "the samples are sorted by class, which makes the score of each split a low one"
-    if reference is not None and not reference["sha256"] and distances:
+    if reference is not None and not reference["image_shape"] and distances:
         yield (
             f"KID, precision and recall need the reference's images, {reference['name']} has "
             "statistics only"
