@@ -14,7 +14,7 @@ from checkpoints_convert import convert
 from tstitch_jax import cli
 
 ROOT = Path(__file__).parents[1]
-README, GUIDE, SCALE, MEASURES, SWEEPS = (
+README, GUIDE, SCALE, MEASURES, SWEEPS, SWITCH = (
     (ROOT / name).read_text()
     for name in (
         "README.md",
@@ -22,6 +22,7 @@ README, GUIDE, SCALE, MEASURES, SWEEPS = (
         "docs/scale.md",
         "docs/evaluation.md",
         "docs/sweep.md",
+        "docs/calibration.md",
     )
 )  # fmt: skip
 
@@ -49,7 +50,9 @@ def test_python(public_networks):
         images = np.asarray(names["images"])
         assert np.isfinite(images).all()
         shapes.append(images.shape)
-    assert shapes == [(4, 28, 28, 1), (1, 28, 28, 1), *[(4, 28, 28, 1)] * 2, (2, 16, 16, 3)]
+    assert shapes == [
+        (4, 28, 28, 1), (1, 28, 28, 1), (2, 28, 28, 1), *[(4, 28, 28, 1)] * 2, (2, 16, 16, 3),
+    ]  # fmt: skip
 
 
 def test_the_guide(tmp_path, monkeypatch, capsys):
@@ -70,6 +73,17 @@ def test_the_guide(tmp_path, monkeypatch, capsys):
         assert f"`{name}`" in GUIDE
     for name in ts.SPACINGS:
         assert f"`{name}`" in GUIDE
+
+
+def test_the_guide_to_calibration(monkeypatch, capsys):
+    small = ts.load("fashion-s")  # for both, as it compiles quickly
+    monkeypatch.setattr(ts, "load", lambda name: small)
+    (block,) = blocks("python", SWITCH)
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        exec(block, names)
+    assert "0.00%" in capsys.readouterr().out  # two copies
+    assert names["images"].shape == (2, 28, 28, 1)
 
 
 def test_the_guide_to_scale(tmp_path, monkeypatch):

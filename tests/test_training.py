@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,67 @@ def test_a_run_in_its_cooldown_cannot_be_prolonged(tmp_path):
         train(dataclasses.replace(config, steps=60), tmp_path, images=data, progress=False)
 
 
+def test_a_run_starts_from_another_network(tmp_path):
+    data = ArrayImages(*make_images())
+    first = train(make_config(), tmp_path / "a", images=data, progress=False)
+    config = make_config(
+        init=str(tmp_path / "a" / "network"), steps=20, learning_rate=1e-12, seed=7, save_every=10
+    )
+    again = train(config, tmp_path / "b", images=data, progress=False)
+    for found, expected in zip(
+        jax.tree.leaves(again.params), jax.tree.leaves(first.params), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    # What it started from is not needed to go on.
+    shutil.rmtree(tmp_path / "a")
+    longer = dataclasses.replace(config, steps=20)
+    train(longer, tmp_path / "b", images=data, progress=False)
+    with pytest.raises(ValueError, match="no network folder"):
+        train(config, tmp_path / "c", images=data, progress=False)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_run_starts_from_no_other_kind_of_network(tmp_path):
+    config = make_config(init="fashion-s")
+    with pytest.raises(
+        ValueError, match=r"square cannot start from fashion-s, which has config .*; target 'v' for"
+    ):
+        train(config, tmp_path / "c", images=ArrayImages(*make_images()), progress=False)
+    assert not (tmp_path / "c").exists()
+
+
+def test_settings_from_before_a_setting_existed(tmp_path):
+    data = ArrayImages(*make_images())
+    config = make_config(steps=30, save_every=10)
+    train(config, tmp_path, images=data, progress=False)
+    file = tmp_path / "settings.json"
+    settings = json.loads(file.read_text())
+    del settings["init"], settings["times"]
+    file.write_text(json.dumps(settings))
+    train(config, tmp_path, images=data, progress=False)
+    settings["init"] = "elsewhere"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="init was 'elsewhere', is ''"):
+        train(config, tmp_path, images=data, progress=False)
+
+
+@pytest.mark.parametrize("times", [(0.0, 0.6), (0.6, 1.0), (0.25, 0.26)])
+def test_only_the_times_asked_for_are_drawn(times):
+    schedule = ts.make_schedule("cosine")
+    low, high = (share * schedule.num_train_steps for share in times)
+
+    def apply(params, x, t, labels):
+        outside = (t < low) | (t >= high)
+        return jnp.where(outside[:, None, None, None], jnp.nan, params * x)
+
+    images, labels = jnp.zeros((4096, 1, 1, 1)), jnp.zeros((4096,), jnp.int32)
+    options = dict(learned_variance=False, min_snr=None, label_dropout=0.1, null_label=10)
+    own = make_loss(apply, schedule, "v", times=times, **options)
+    assert np.isfinite(own(1.0, jax.random.key(0), images, labels))
+    everywhere = make_loss(apply, schedule, "v", **options)
+    assert np.isnan(everywhere(1.0, jax.random.key(0), images, labels))
+
+
 def test_previews_are_asked_for_at_checkpoints(tmp_path):
     seen = []
     config = make_config(steps=50, save_every=20)
@@ -170,6 +232,10 @@ def test_previews_are_asked_for_at_checkpoints(tmp_path):
         (dict(card=dict(num_classes=7)), "has labels 0 to 9, the network takes 0 to 6"),
         (dict(card=dict(schedule={"name": "flow"})), "an eps network cannot say x0"),
         (dict(card=dict(class_names=("one",))), "1 names for 10 classes"),
+        (dict(times=(0.5, 0.5)), r"times must be 0 <= low < high <= 1, got \(0.5, 0.5\)"),
+        (dict(times=0.5), "times must be two numbers from 0 to 1, got 0.5"),
+        (dict(times=(0, 1e-4)), "are none of the schedule's 1000"),
+        (dict(init="fashoin-s"), "unknown network 'fashoin-s'"),
         (dict(steps=10), "warmup 5 and cooldown 10 need at least as many steps, got 10"),
         (
             dict(card=dict(image_shape=(8, 8, 4))),

@@ -1,5 +1,6 @@
 """Trajectory stitching of diffusion models (T-Stitch, Pan et al. 2024, arXiv:2402.14167)."""
 
+from tstitch_jax.calibration import Calibration, Choice, calibrate
 from tstitch_jax.checkpoint import (
     make_autoencoder,
     make_feature_network,
@@ -57,14 +58,16 @@ from tstitch_jax.types import (
     Solver,
 )
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = [
     "SOLVERS",
     "SPACINGS",
     "Autoencoder",
     "AutoencoderCard",
+    "Calibration",
     "Card",
+    "Choice",
     "Denoiser",
     "Evaluation",
     "FeatureCard",
@@ -82,6 +85,7 @@ __all__ = [
     "as_denoiser",
     "at_equal_snr",
     "autoguide",
+    "calibrate",
     "cfg",
     "ddim",
     "ddpm",

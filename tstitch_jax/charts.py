@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tstitch_jax.files import whole_file
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -49,19 +50,23 @@ def check_matplotlib() -> None:
         raise ValueError("charts need matplotlib; pip install 'tstitch_jax[plot]'") from None
 
 
-def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    """An empty chart whose letters can be read at half its size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=16)
+def _style(axes: Axes, x_label: str, y_label: str) -> Axes:
     axes.set_xlabel(x_label, fontsize=16)
     axes.set_ylabel(y_label, fontsize=16)
     axes.tick_params(labelsize=14)
     axes.grid(color="#DDDDDD")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """An empty chart whose letters can be read at half its size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
+    axes = _style(figure.add_subplot(), x_label, y_label)
+    axes.set_title(title, fontsize=16)
     return figure, axes
 
 
@@ -114,8 +119,6 @@ def front(
         title, x_label, y_label: What is written.
         label: What the labels of points are.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     figure, axes = _axes(title, x_label, y_label)
     _draw(axes, lines, joined=False)
     best: list[tuple[Any, float, str]] = []
@@ -133,13 +136,65 @@ def front(
         )
     times: list[Any] = [x for line in lines for x in line.x]
     if max(times) > _LOG * min(times):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_axis(axes)
     axes.margins(0.1)
     _legend(figure, axes)
     return figure
+
+
+def calibration(
+    names: Sequence[str], steps_alone: np.ndarray, linear: np.ndarray, *,
+    speedups: Sequence[float], damages: Sequence[float], chosen: int, title: str,
+    tolerance: float | None,
+) -> Figure:  # fmt: skip
+    """Damage by step of each network, and of plans against their speed-up.
+
+    Args:
+        names: Of the networks but the last.
+        steps_alone: float64 ``[K-1, N]``, damage of each step.
+        linear: float64 ``[N]``, that of a linear filter.
+        speedups, damages: Of the plans, one of which is chosen.
+        chosen: Which.
+        title: What is written above both.
+        tolerance: Where to draw a line of tolerated damage; None for none.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(14, 5.5), dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize=17)
+    left, right = figure.subplots(1, 2)
+    _style(left, "step", "damage of the step alone")
+    _style(right, "speed-up", "predicted damage")
+    steps = range(steps_alone.shape[1])
+    for name, values, colour, marker in zip(
+        names, steps_alone, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False
+    ):
+        left.plot(steps, values, label=name, color=colour, marker=marker, linewidth=2.2)
+    left.plot(steps, linear, label="a linear filter", color="#888888", linestyle="--", linewidth=2)
+    left.set_yscale("log")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.legend(fontsize=14, frameon=False)
+    right.plot(speedups, damages, color="#444444", marker="o", markersize=5, linewidth=1.6)
+    right.plot(
+        speedups[chosen], damages[chosen], color=COLOURS[1], marker="*", markersize=22,
+        linestyle="none", label="chosen",
+    )  # fmt: skip
+    if tolerance is not None:
+        right.axhline(tolerance, color=COLOURS[0], linestyle=":", linewidth=2, label="tolerated")
+    right.legend(fontsize=14, frameon=False)
+    if max(speedups) > _LOG:
+        _log_axis(right)
+    return figure
+
+
+def _log_axis(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def write_chart(figure: Figure, path: Path) -> None:

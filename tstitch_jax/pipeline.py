@@ -121,7 +121,7 @@ class Inputs(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "encoder"))
-def _begin(inputs, *, shape, encoder):
+def begin(inputs, *, shape, encoder):
     """The keys of the images, and the state at the first point."""
     keys, noise, start = image_keys(inputs.key, inputs.indices), inputs.noise, inputs.start
     if noise is None:
@@ -156,7 +156,7 @@ def to_pixels(x: Float[Array, "b h w c"]) -> tuple[UInt8[Array, "b h w c"], Bool
     return pixels, jnp.isfinite(x).all(axis=(1, 2, 3))
 
 
-def _draw(inputs, *, mesh, **static):
+def draw(inputs, *, mesh, **static):
     """Keys, labels and parameters to images. On a mesh each device does its own images alone."""
     if mesh is None:
         return _draw_here(inputs, **static)
@@ -173,7 +173,7 @@ def _draw_here(
     inputs, *, denoiser, solver, shape, encoder, decoder, finish, return_trajectory,
     return_predictions,
 ):  # fmt: skip
-    keys, x = _begin(inputs, shape=shape, encoder=encoder)
+    keys, x = begin(inputs, shape=shape, encoder=encoder)
     result = run(
         denoiser,
         _solver(solver, inputs.eta),
@@ -191,7 +191,7 @@ def _draw_here(
 
 
 _sample = jax.jit(
-    _draw,
+    draw,
     static_argnames=(
         "denoiser", "solver", "shape", "encoder", "decoder", "finish", "mesh",
         "return_trajectory", "return_predictions",
@@ -242,7 +242,7 @@ class Sampling:
                 return wanted(result[0]), *(jax.vmap(wanted)(kept) for kept in result[1:])
             return wanted(result)
         chosen = {name: static[name] for name in ("shape", "encoder")}
-        keys, x = _begin(inputs, **chosen)
+        keys, x = begin(inputs, **chosen)
         solver = _solver(static["solver"], None if inputs.eta is None else float(inputs.eta))
         steps = iterate(
             static["denoiser"], solver, inputs.knots, x,
@@ -270,7 +270,7 @@ class Sampling:
     @property
     def function(self) -> Callable[[Inputs], Any]:
         """The pure function of ``inputs`` that is compiled."""
-        return functools.partial(_draw, **self.static)
+        return functools.partial(draw, **self.static)
 
 
 def _place(mesh: Mesh | None, value: Any, params: Params) -> Any:

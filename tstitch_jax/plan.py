@@ -305,7 +305,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan of a text that ``to_json`` made.
+        """The plan of a text that ``to_json`` made, of a plan or of a ``Calibration``.
 
         Raises:
             ValueError: If it is no such text.
@@ -357,7 +357,7 @@ _MOST_STEPS = 1_000_000
 
 
 def _is_plan(data: object) -> bool:
-    return isinstance(data, dict) and data.keys() == {"num_networks", "runs"}
+    return isinstance(data, dict) and data.keys() - {"calibration"} == {"num_networks", "runs"}
 
 
 def _is_whole(value: object) -> bool:

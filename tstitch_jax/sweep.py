@@ -13,7 +13,6 @@ import re
 import shutil
 import statistics
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tstitch_jax import charts, hub, parallel, pictures, pipeline
+from tstitch_jax.costs import pareto_front, pass_seconds, passes, timed
 from tstitch_jax.evaluation import METRICS, evaluate, metric_key, metric_name, open_source
 from tstitch_jax.evaluation.request import check_request
 from tstitch_jax.evaluation.sources import Source
@@ -289,26 +289,9 @@ def _open(config: SweepConfig, mesh: Mesh | None) -> _Job:
 
 
 def _rows(way: _Way) -> np.ndarray:
-    """How often an image goes through each network, float ``[K]``.
-
-    Guidance sends it through twice, autoguidance through the first network too, and Heun's method
-    asks twice a step.
-    """
-    given = way.request.inputs.given
-    plan = np.asarray(given.plan.networks)
-
-    def guided(scale: Any) -> np.ndarray:
-        """Whether each step is; a scale for all steps guides whatever it is."""
-        if scale is None:
-            return np.zeros(len(plan))
-        return np.ones(len(plan)) if np.ndim(scale) == 0 else np.asarray(scale) != 1
-
-    rows = np.zeros(len(way.networks))
-    for k, scale in enumerate(given.scales):
-        rows[k] += (1 + guided(scale))[plan == k].sum()
-        if k:
-            rows[0] += guided(given.auto_scale)[plan == k].sum()
-    return rows * (2 if way.options["solver"].endswith("heun") else 1)
+    """How often an image goes through each network, float ``[K]``."""
+    plan = np.asarray(way.request.plan.networks)
+    return passes(way.request)[plan, np.arange(len(plan))].sum(axis=0)
 
 
 def estimate(config: SweepConfig, *, mesh: Mesh | None = None) -> list[Estimate]:
@@ -324,15 +307,9 @@ def estimate(config: SweepConfig, *, mesh: Mesh | None = None) -> list[Estimate]
         ValueError: As ``sweep`` does, before anything is computed.
     """
     job = _open(config, mesh)
-    seconds: dict[int, float] = {}
-    for network in {id(n): n for way in job.ways for n in way.networks}.values():
-        labels = np.resize(np.arange(network.card.num_classes), job.ways[0].request.batch)
-        step = pipeline.prepare(
-            jax.random.key(0), [network], labels=labels.tolist(), steps=1, cfg_scale=None,
-            decode=False,
-        )  # fmt: skip
-        times = [_timed(step) for _ in range(4)][1:]
-        seconds[id(network)] = statistics.median(times)
+    networks = list({id(n): n for way in job.ways for n in way.networks}.values())
+    times = pass_seconds(networks, job.ways[0].request.batch)
+    seconds = {id(network): each for network, each in zip(networks, times, strict=True)}
     rows = [_rows(way) for way in job.ways]
     costs = [
         float(np.dot(row, [n.card.macs for n in way.networks]))
@@ -345,13 +322,6 @@ def estimate(config: SweepConfig, *, mesh: Mesh | None = None) -> list[Estimate]
         )
         for way, cost, row in zip(job.ways, costs, rows, strict=True)
     ]  # fmt: skip
-
-
-def _timed(request: pipeline.Sampling) -> float:
-    """Seconds per image; compiles where nothing alike has run before."""
-    start = time.perf_counter()
-    jax.block_until_ready(request.run())
-    return (time.perf_counter() - start) / request.batch
 
 
 def _read(file: Path) -> Any:
@@ -422,7 +392,7 @@ def _times(job: _Job, file: Path, progress: bool) -> dict[str, list[float]]:
     with tqdm(total=total, desc="timing", unit="run", disable=not progress) as bar:
         for turn in range(ROUNDS + 1):
             for way in job.ways:
-                seconds = _timed(way.request)
+                seconds = timed(way.request)
                 if turn:  # the first round compiles and warms up
                     times[way.name].append(seconds)
                 bar.update()
@@ -484,26 +454,6 @@ def _measure(job: _Job, way: _Way, seed: int, out: Path, bar: tqdm, weight: floa
     result.parent.mkdir(exist_ok=True)
     point = dataclasses.asdict(way.point) | {"plan": way.plan}
     _write(result, {"point": point, "seed": seed, **dataclasses.asdict(found)})
-
-
-def pareto_front(
-    costs: Sequence[float | int], values: Sequence[float | int], *, lower_is_better: bool
-) -> list[bool]:
-    """Which points no other one is better than, in cost or value, without being worse in either.
-
-    Equal points are all of the front, or none is; one that is not finite is not.
-
-    >>> pareto_front([1, 2, 3], [9, 4, 5], lower_is_better=True)
-    [True, True, False]
-    """
-    sign = 1 if lower_is_better else -1
-    points = [(cost, sign * value) for cost, value in zip(costs, values, strict=True)]
-    finite = {point for point in points if all(map(math.isfinite, point))}
-
-    def beaten(own: tuple[float | int, float | int]) -> bool:
-        return any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in finite)
-
-    return [point in finite and not beaten(point) for point in points]
 
 
 def _guidance(options: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from tstitch_jax.cli import evaluation, networks, sampling, sweep
+from tstitch_jax.cli import calibration, evaluation, networks, sampling, sweep
 from tstitch_jax.cli.devices import keep_programs, leave_hosts
 from tstitch_jax.cli.text import printable, whole
 
@@ -99,6 +99,27 @@ def make_parser() -> argparse.ArgumentParser:
         "tstitch evaluate samples VIRTUAL_imagenet256_labeled.npz --out result.json",
     )  # fmt: skip
     evaluation.add_options(sub)
+
+    sub = command(
+        "calibrate", calibration.calibrate_command,
+        "choose where to switch networks, from one short run",
+        "tstitch calibrate --networks fashion-s fashion-xl --tolerance 1% --out plan.json",
+    )  # fmt: skip
+    goal = sub.add_mutually_exclusive_group()
+    goal.add_argument("--tolerance", type=calibration.share, metavar="D",
+                      help="the damage that the cheapest plan may do (default: 1%%)")  # fmt: skip
+    goal.add_argument("--budget", type=calibration.factor, metavar="X",
+                      help="the least damage at so many times the speed, e.g. 1.5x")  # fmt: skip
+    sub.add_argument("--free", action="store_true",
+                     help="let an earlier network come back after a later one")  # fmt: skip
+    sub.add_argument("--conditions", type=whole(4), default=64, metavar="B",
+                     help="how many trajectories to look at (default: 64)")  # fmt: skip
+    sub.add_argument("--costs", choices=("seconds", "macs"), default="seconds",
+                     help="what steps cost: measured here, or multiply-adds")  # fmt: skip
+    sub.add_argument("--out", default="plan.json", metavar="FILE",
+                     help="where the plan goes, for --plan (default: plan.json)")  # fmt: skip
+    sub.add_argument("--picture", metavar="FILE", help="a PNG: damage by step, and the front")
+    sampling.add_options(sub, labels="that take turns (default: all)", autoencoder=False)
 
     sub = command(
         "sweep", sweep.sweep_command,

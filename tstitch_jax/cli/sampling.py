@@ -21,8 +21,14 @@ REPEATS = 3
 """Timed runs per row, interleaved; the median is shown."""
 
 
-def add_options(sub: argparse.ArgumentParser, *, fractions: str, plan: str, labels: str) -> None:
-    """The options of everything that samples, with what three of them mean to the command."""
+def add_options(
+    sub: argparse.ArgumentParser, *, labels: str, fractions: str = "", plan: str = "",
+    autoencoder: bool = True,
+) -> None:  # fmt: skip
+    """The options of everything that samples, with what three of them mean to the command.
+
+    Without a meaning ``fractions`` and ``plan`` are left out, and so is the autoencoder if asked.
+    """
     sub.add_argument(
         "--networks",
         nargs="+",
@@ -30,21 +36,19 @@ def add_options(sub: argparse.ArgumentParser, *, fractions: str, plan: str, labe
         metavar="NAME",
         help="names or folders, first steps first (default: the embedded pair)",
     )
-    sub.add_argument(
-        "--fractions",
-        nargs="+",
-        type=float,
-        action="append",
-        metavar="F",
-        help=f"each network's share of the steps, summing to 1; {fractions}",
-    )
+    if fractions:
+        sub.add_argument(
+            "--fractions", nargs="+", type=float, action="append", metavar="F",
+            help=f"each network's share of the steps, summing to 1; {fractions}",
+        )  # fmt: skip
     sub.add_argument(
         "--steps",
         default="50",
         metavar="N",
         help="number of steps, or a spec like ddim50 or 10,10,20 (default: 50)",
     )
-    sub.add_argument("--plan", action="append", metavar="FILE", help=plan)
+    if plan:
+        sub.add_argument("--plan", action="append", metavar="FILE", help=plan)
     sub.add_argument("--times", nargs="+", type=float, metavar="T",
                      help="the falling times themselves, instead of --steps")  # fmt: skip
     sub.add_argument(
@@ -80,11 +84,11 @@ def add_options(sub: argparse.ArgumentParser, *, fractions: str, plan: str, labe
     sub.add_argument(
         "--labels", nargs="+", metavar="LABEL", help=f"classes by number or name, {labels}"
     )
-    sub.add_argument(
-        "--autoencoder",
-        metavar="NAME",
-        help="name or folder of what decodes latents (default: what the card says)",
-    )
+    if autoencoder:
+        sub.add_argument(
+            "--autoencoder", metavar="NAME",
+            help="name or folder of what decodes latents (default: what the card says)",
+        )  # fmt: skip
     sub.add_argument(
         "--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the noise (default: 0)"
     )
@@ -96,16 +100,27 @@ def add_options(sub: argparse.ArgumentParser, *, fractions: str, plan: str, labe
     )
 
 
-def _load(arguments: argparse.Namespace, mesh: Any = None) -> tuple[list[Any], Any]:
-    """The networks and, where they make latents, the autoencoder."""
+def _dtype(arguments: argparse.Namespace) -> Any:
     import jax.numpy as jnp
 
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[arguments.dtype]
+
+
+def load_networks(arguments: argparse.Namespace, mesh: Any = None) -> list[Any]:
+    """The networks, which must fit together."""
     import tstitch_jax as ts
     from tstitch_jax.checks import check_networks
 
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[arguments.dtype]
-    networks = [ts.load(name, dtype, mesh=mesh) for name in arguments.networks]
+    networks = [ts.load(name, _dtype(arguments), mesh=mesh) for name in arguments.networks]
     check_networks(networks)
+    return networks
+
+
+def _load(arguments: argparse.Namespace, mesh: Any = None) -> tuple[list[Any], Any]:
+    """The networks and, where they make latents, the autoencoder."""
+    import tstitch_jax as ts
+
+    networks, dtype = load_networks(arguments, mesh), _dtype(arguments)
     card = networks[-1].card
     wanted = arguments.autoencoder or card.autoencoder
     try:
@@ -119,7 +134,7 @@ def _load(arguments: argparse.Namespace, mesh: Any = None) -> tuple[list[Any], A
         ) from None
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is passed on as it is."""
     same = ("spacing", "solver", "eta", "cfg_scale", "cfg_channels", "cfg_rescale", "cfg_interval",
             "auto_scale")  # fmt: skip
@@ -154,7 +169,7 @@ def generate_command(arguments: argparse.Namespace) -> None:
         path = generate(
             arguments.out, networks, num=arguments.num, seed=arguments.seed, labels=labels,
             batch=arguments.batch, png=arguments.png, autoencoder=autoencoder,
-            host_timeout=arguments.host_timeout, **_one_plan(arguments), **_options(arguments),
+            host_timeout=arguments.host_timeout, **_one_plan(arguments), **options_of(arguments),
         )  # fmt: skip
     if jax.process_index() == 0:
         print(f"{arguments.num} images: {path}")
@@ -167,7 +182,7 @@ def export_command(arguments: argparse.Namespace) -> None:
     export(
         arguments.out, networks, labels=class_labels(arguments.labels, networks[-1].card),
         seed=arguments.seed, platforms=arguments.platforms, autoencoder=autoencoder,
-        **_one_plan(arguments), **_options(arguments),
+        **_one_plan(arguments), **options_of(arguments),
     )  # fmt: skip
     size = Path(arguments.out).stat().st_size
     print(f"{arguments.out}: {size / 1e6:.1f} MB, for {', '.join(arguments.platforms)}")
@@ -211,7 +226,7 @@ def sample_command(arguments: argparse.Namespace) -> None:
             networks,
             labels=labels,
             autoencoder=autoencoder,
-            **_options(arguments),
+            **options_of(arguments),
             **who,
         )
 

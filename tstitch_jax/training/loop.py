@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tstitch_jax import hub
 from tstitch_jax.checkpoint import (
     check_card,
     check_classes,
@@ -33,7 +34,7 @@ from tstitch_jax.training.data import (
     normalize,
     open_images,
 )
-from tstitch_jax.training.loss import make_loss
+from tstitch_jax.training.loss import check_times, make_loss
 from tstitch_jax.training.state import TrainState, init_state, make_optimizer, make_step
 from tstitch_jax.types import Card, FeatureCard, Params
 
@@ -53,6 +54,8 @@ class BaseConfig:
         seed: Seed of the parameters, the batches and the noise.
         save_every: Steps between checkpoints.
         stored_dtype: What the finished network's parameters are stored in.
+        init: Name or folder of a network of the same architecture and sizes, whose parameters the
+            run starts from; empty for new ones.
     """
 
     card: Card | FeatureCard
@@ -68,6 +71,7 @@ class BaseConfig:
     seed: int = 0
     save_every: int = 500
     stored_dtype: str = "float32"
+    init: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,11 +81,14 @@ class TrainConfig(BaseConfig):
     Attributes:
         label_dropout: Probability of the null label.
         min_snr: See ``weights``; None weighs all times alike.
+        times: The part of the training times, from data (0) to noise (1), that is trained on. A
+            network for the last 60% of a trajectory needs (0, 0.6) only.
     """
 
     card: Card
     label_dropout: float = 0.1
     min_snr: float | None = 5.0
+    times: tuple[float | int, float | int] = (0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +132,7 @@ def _check(config: Config) -> None:
         numbers.append(("label_dropout", 0, 1))
         if config.min_snr is not None:
             numbers.append(("min_snr", tiny, np.inf))
+        check_times(config.times)
     for field, low in whole.items():
         value = getattr(config, field)
         if type(value) is not int or value < low:
@@ -163,6 +171,31 @@ def _check_labels(labels: np.ndarray, config: Config) -> None:
         )
 
 
+def _start(config: Config) -> Params | None:
+    """The parameters that a run starts from; None for new ones.
+
+    Raises:
+        ValueError: If they are not of the network to be trained.
+    """
+    if not config.init:
+        return None
+    network = hub.load(config.init)
+    given, wanted = network.card, config.card
+    fields = ["architecture", "config", "image_shape", "num_classes"]
+    if isinstance(wanted, Card):
+        fields += ["target", "learned_variance", "schedule"]
+    said = [
+        f"{name} {getattr(given, name, None)!r} for {getattr(wanted, name)!r}"
+        for name in fields
+        if getattr(given, name, None) != getattr(wanted, name)
+    ]
+    if said:
+        raise ValueError(
+            f"{wanted.name} cannot start from {config.init}, which has {'; '.join(said)}"
+        )
+    return network.params
+
+
 def _keep_settings(config: Config, file: Path, done: int | None) -> None:
     """Writes the settings of a run; refuses to go on with ones that would change it.
 
@@ -174,7 +207,13 @@ def _keep_settings(config: Config, file: Path, done: int | None) -> None:
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     if done is not None:
         try:
-            old = json.loads(file.read_text())
+            # A setting that did not exist yet had what is now its default.
+            defaults = {
+                field.name: field.default
+                for field in dataclasses.fields(config)
+                if field.default is not dataclasses.MISSING
+            }
+            old = json.loads(json.dumps(defaults)) | json.loads(file.read_text())
             changed = [k for k in settings if settings[k] != old[k] and k not in ("data", "steps")]
             end = min(old["steps"], config.steps) - config.cooldown
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -230,6 +269,7 @@ def _objective(config: Config) -> tuple[Any, Callable[..., Any], Callable[..., A
         min_snr=config.min_snr,
         label_dropout=config.label_dropout,
         null_label=config.card.num_classes,
+        times=config.times,
     )
     return module, loss, make_network
 
@@ -287,21 +327,26 @@ def train(
 
     out = Path(out)
     log_file = out / "log.csv"
+    begun = any(folder.name.isdigit() for folder in (out / "checkpoints").glob("*"))
+    first_params = None if begun else _start(config)
 
     def averaged(state: TrainState) -> Any:
         return make(config.card, state.ema)
 
-    def fresh() -> TrainState:
-        return init_state(init_params(module, init_key), optimizer)
+    def fresh(params: Params) -> TrainState:
+        return init_state(params, optimizer)
+
+    def new_params() -> Params:
+        return init_params(module, init_key)
 
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager((out / "checkpoints").absolute(), options=options) as manager:
         last = manager.latest_step()
         _keep_settings(config, out / "settings.json", last)
         if last is None:
-            state = fresh()
+            state = fresh(new_params() if first_params is None else first_params)
         else:
-            target = jax.eval_shape(fresh)
+            target = jax.eval_shape(lambda: fresh(new_params()))
             state = manager.restore(last, args=ocp.args.StandardRestore(target))
         start = int(state.step)
         _cut_log(log_file, start)

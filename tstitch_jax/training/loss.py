@@ -38,6 +38,15 @@ def weights(schedule: Schedule, target: str, min_snr: float | None) -> np.ndarra
     return np.where(ratio > 0, weight, 1).astype(np.float32)
 
 
+def check_times(times: Any) -> None:
+    """Raises ValueError unless ``times`` is two numbers, 0 <= low < high <= 1."""
+    numbers = isinstance(times, tuple | list) and [type(v) for v in times]
+    if not numbers or len(numbers) != 2 or not set(numbers) <= {int, float}:
+        raise ValueError(f"times must be two numbers from 0 to 1, got {times!r:.80}")
+    if not 0 <= times[0] < times[1] <= 1:
+        raise ValueError(f"times must be 0 <= low < high <= 1, got {times!r}")
+
+
 def _log_cdf_difference(low: jax.Array, high: jax.Array) -> jax.Array:
     cdf = jax.scipy.stats.norm.cdf
     return jnp.log(jnp.maximum(cdf(high) - cdf(low), 1e-12))
@@ -93,15 +102,22 @@ def make_loss(
     min_snr: float | None,
     label_dropout: float,
     null_label: int,
+    times: tuple[float | int, float | int] = (0, 1),
 ) -> Callable[[Any, Key, Float[Array, "b h w c"], Int[Array, " b"]], Float[Array, ""]]:
     """The training loss ``(params, key, images, labels) -> scalar``.
 
-    Mean squared error of the target at uniformly drawn times, weighted (see ``weights``); labels
-    are replaced by ``null_label`` with probability ``label_dropout``. A learned variance adds the
-    variational bound, times T / 1000 (Nichol & Dhariwal 2021, equation 16).
+    Mean squared error of the target, weighted (see ``weights``), at times drawn uniformly from the
+    part ``times`` of the schedule's; labels are replaced by ``null_label`` with probability
+    ``label_dropout``. A learned variance adds the variational bound, times T / 1000 (Nichol &
+    Dhariwal 2021, equation 16).
     """
+    check_times(times)
+    count = schedule.num_train_steps
+    low, high = (round(share * count) for share in times)
+    if low == high:
+        raise ValueError(f"times {times} are none of the schedule's {count}")
     table = jnp.asarray(weights(schedule, target, min_snr))
-    times, alphas, sigmas = (
+    asked, alphas, sigmas = (
         jnp.asarray(values, jnp.float32)
         for values in (schedule.times, schedule.alpha, schedule.sigma)
     )
@@ -115,14 +131,14 @@ def make_loss(
     ) -> Float[Array, ""]:
         time_key, noise_key, drop_key = jax.random.split(key, 3)
         batch = images.shape[0]
-        t = jax.random.randint(time_key, (batch,), 0, schedule.num_train_steps)
+        t = jax.random.randint(time_key, (batch,), low, high)
         eps = jax.random.normal(noise_key, images.shape, jnp.float32)
         dropped = jax.random.bernoulli(drop_key, label_dropout, (batch,))
         labels = jnp.where(dropped, null_label, labels)
 
         alpha, sigma = (values[t][:, None, None, None] for values in (alphas, sigmas))
         x = alpha * images + sigma * eps
-        output = apply(params, x, times[t], labels).astype(jnp.float32)
+        output = apply(params, x, asked[t], labels).astype(jnp.float32)
         variance = None
         if learned_variance:
             output, variance = jnp.split(output, 2, axis=-1)
@@ -143,6 +159,6 @@ def make_loss(
             jnp.where(first, 0.0, sigmas[before][:, None, None, None]),
             floor,
         )
-        return total + schedule.num_train_steps / 1000 * bound.mean()
+        return total + count / 1000 * bound.mean()
 
     return loss
