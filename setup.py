@@ -40,6 +40,14 @@ setup(
     extras_require={
         "train": ["tensorflow-datasets>=4.9.9"],
         "plot": ["matplotlib>=3.8"],
+        "docs": [
+            "mkdocs-material>=9.5,<10",
+            "mkdocstrings[python]>=0.29",
+            "latex2mathml>=3.77",
+            "matplotlib>=3.8",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
+        ],
         "test": [
             "tensorflow-datasets>=4.9.9",
             "matplotlib>=3.8",
