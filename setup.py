@@ -45,6 +45,7 @@ setup(
             "mkdocs-material>=9.5,<10",
             "mkdocstrings[python]>=0.29",
             "latex2mathml>=3.77",
+            "ruff>=0.9",  # formats the reference's signatures
             "matplotlib>=3.8",
             "nbclient>=0.10",
             "ipykernel>=6.29",

@@ -1,7 +1,10 @@
 """What the README shows is run."""
 
 import dataclasses
+import gzip
+import hashlib
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -146,6 +149,26 @@ def test_the_page_of_partners(one_network):
     small = checkpoint.load("runs/fashion-xs/network")
     assert small.card.num_params < names["large"].num_params
     check_networks([small, ts.load("large")])  # they can be stitched
+
+
+def test_fetching_the_data(tmp_path):
+    """Four idx files with their sums, from a folder instead of their authors' server."""
+    names = runpy.run_path(str(ROOT / "configs" / "fetch_fashion_mnist.py"))
+    generator, expected = np.random.default_rng(0), {}
+    for key, (name, _) in list(names["FILES"].items()):
+        expected[key] = generator.integers(0, 256, (6, 28, 28)[: 3 if key[0] == "x" else 1])
+        sides = (0x800 + expected[key].ndim, *expected[key].shape)
+        header = b"".join(side.to_bytes(4, "big") for side in sides)
+        content = gzip.compress(header + expected[key].astype(np.uint8).tobytes())
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} has the MD5 sum"):
+            names["fetch"](tmp_path.as_uri(), tmp_path / "data.npz")
+        names["FILES"][key] = name, hashlib.md5(content).hexdigest()
+    names["fetch"](tmp_path.as_uri(), tmp_path / "data.npz")
+    with np.load(tmp_path / "data.npz") as found:
+        assert set(found) == set(expected)
+        for key, array in expected.items():
+            np.testing.assert_array_equal(found[key], array)
 
 
 def test_the_page_of_solvers(one_network, monkeypatch, capsys):
