@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up by themselves, in .venv.
+# `make demo`, `make test` and `make docs` set everything up by themselves, in .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +15,7 @@ QUICK := tests/test_published.py tests/test_plan.py tests/test_schedules.py \
 DATA ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test quick lint networks clean
+.PHONY: demo test quick lint docs networks clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/tstitch networks
@@ -32,6 +32,10 @@ lint: $(VENV)/.test-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
+# The guide, into site/; a broken link or anything else amiss is an error.
+docs: $(VENV)/.docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Trains the embedded networks anew.
 networks: $(VENV)/.test-ready
 	for name in features s xl; do \
@@ -41,7 +45,7 @@ networks: $(VENV)/.test-ready
 	done
 
 clean:
-	rm -rf .venv* build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv* build site *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # Debian and Ubuntu keep venv in a package of its own.
 $(BIN)/pip:
@@ -57,4 +61,8 @@ $(VENV)/.demo-ready: $(BIN)/pip setup.py
 
 $(VENV)/.test-ready: $(BIN)/pip setup.py $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet -e '.[test]' $(addprefix -c ,$(CONSTRAINTS))
+	touch $@
+
+$(VENV)/.docs-ready: $(BIN)/pip setup.py
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@

@@ -17,6 +17,8 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    # Where it is published; the notebooks, mkdocs.yml and README.md name it too (see colab/).
+    url="https://github.com/YOUR_ACCOUNT/tstitch_jax",
     python_requires=">=3.11",
     packages=find_packages(include=["tstitch_jax", "tstitch_jax.*", "checkpoints_convert"]),
     package_data={"tstitch_jax": ["embedded/**/*"]},
@@ -34,13 +36,25 @@ setup(
         "huggingface_hub>=0.30",
         "filelock>=3.12",
         "flatbuffers>=24.3",  # of jax.export
+        "shtab>=1.7",
     ],
     extras_require={
         "train": ["tensorflow-datasets>=4.9.9"],
         "plot": ["matplotlib>=3.8"],
+        "docs": [
+            "mkdocs-material>=9.5,<10",
+            "mkdocstrings[python]>=0.29",
+            "latex2mathml>=3.77",
+            "ruff>=0.9",  # formats the reference's signatures
+            "matplotlib>=3.8",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
+        ],
         "test": [
             "tensorflow-datasets>=4.9.9",
             "matplotlib>=3.8",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "beartype>=0.20",
             "hypothesis>=6.100",

@@ -83,6 +83,7 @@ LAYOUTS = (
 )
 
 FAMILIES = ("dit", "sit", "autoencoder", "inception")
+"""Kinds of networks that ``convert`` knows."""
 
 
 def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> tuple[Layout, str]:

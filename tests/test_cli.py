@@ -197,7 +197,7 @@ def test_one_network(capsys, tmp_path, folders, monkeypatch):
 BAD = [
     (["--fractions", "0.5", "0.6"], "must sum to 1, got 0.5, 0.6"),
     (["--fractions", "0.5"], "2 networks need 2 fractions, got 0.5"),
-    (["--fractions", "half", "0.5"], "invalid float value: 'half'"),
+    (["--fractions", "half", "0.5"], "argument --fractions: must be a number, got 'half'"),
     (["--labels", "Bagg"], "unknown label 'Bagg'; did you mean 'Bag'?"),
     (["--labels", "10"], "labels must be 0 to 9, got 10"),
     (["--labels", "-1"], "labels must be 0 to 9, got -1"),
@@ -319,12 +319,92 @@ def test_bad_train(capsys, tmp_path, monkeypatch, text, arguments, message):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["networks"], ["sample"], ["convert"], ["train"]])
-def test_help_fits_a_screen_and_shows_an_example(capsys, command):
-    status, out, _ = run(capsys, *command, "--help")
+LINES = {"sample": 26, "export": 27, "generate": 35}
+"""Of the help of commands with many options; all others fit a screen of 24."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "", "networks", "sample", "generate", "evaluate", "sweep", "export", "convert", "train",
+    ],
+)  # fmt: skip
+def test_help_fits_a_screen_and_shows_an_example(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run(capsys, *command.split(), "--help")
     assert status == 0
-    assert "example: tstitch" in out
-    assert len(out.splitlines()) <= 50
+    assert re.search(rf"^example: tstitch {command}", out, re.MULTILINE)
+    lines = out.splitlines()
+    assert len(lines) <= LINES.get(command, 24)
+    assert max(map(len, lines)) <= 80
+    # The example is one that there is.
+    (example,) = (line for line in lines if line.startswith("example: "))
+    assert cli.make_parser().parse_args(example.split()[2:]).run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND (see tstitch --help)"),
+        (["smaple"], "unknown command 'smaple'; did you mean 'sample'? (see tstitch --help)"),
+        (
+            ["sample", "--fractoins", "0.4"],
+            "unrecognized arguments: --fractoins 0.4; did you mean --fractions? "
+            "(see tstitch sample --help)",
+        ),
+        (["sample", "--dtype", "float16"], "unknown dtype 'float16'; did you mean 'bfloat16'"),
+        (["generate", "--num", "3", "--out", "x"], "give --fractions or --plan for the 2 networks"),
+        (["networks", "all"], "unrecognized arguments: all (see tstitch networks --help)"),
+        (["--completion", "fish"], "unknown completion 'fish'; did you mean 'zsh' or"),
+        (["train", "nothing.py"], "no configuration at nothing.py; give a Python file"),
+        (["evaluate", "tfds:nonsense:test", "x"], "Dataset nonsense not found."),
+    ],
+    ids=str,
+)
+def test_errors_say_what_to_do(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert not out
+    assert err.startswith("tstitch: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert len(err) < 200
+
+
+COMPLETE = """
+source completion.bash
+try() {
+    COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMPREPLY=()
+    _shtab_tstitch tstitch "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
+    echo "${COMPREPLY[*]}"
+}
+"""
+
+
+def test_completion(capsys, tmp_path):
+    status, out, _ = run(capsys, "--completion", "bash")
+    assert status == 0
+    (tmp_path / "completion.bash").write_text(out)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "plan.json").touch()
+    tries = {
+        "tstitch s": "sample sweep",
+        "tstitch sample --so": "--solver",
+        "tstitch sample --solver dd": "ddim ddpm",
+        "tstitch sample --networks fashion-s fas": "fashion-s fashion-xl",
+        "tstitch sample --plan pl": "plan.json",
+        "tstitch train con": "configs",
+        "tstitch evaluate a b --metrics f": "fid fid_infinity",
+    }
+    script = COMPLETE + "".join(f"try {words}\n" for words in tries)
+    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.splitlines() == list(tries.values()), result.stderr
+    for shell in ("zsh", "tcsh"):
+        status, out, _ = run(capsys, "--completion", shell)
+        assert status == 0
+        assert "fashion-xl" in out
 
 
 def test_installed_program():

@@ -443,7 +443,7 @@ def test_hosts_on_the_command_line(tmp_path, capsys, monkeypatch):
         (["--host", "0"], "--coordinator, --num-hosts and --host go together"),
         (["--distributed", "--host", "0"], "give --distributed, or --coordinator"),
         (["--coordinator", "a:1", "--num-hosts", "2", "--host", "2"], "below --num-hosts 2, got 2"),
-        (["--model-devices", "3"], "divides the 8 devices, got 3"),
+        (["--model-devices", "3"], "divides the number of devices, 8, got 3"),
         (["--fractions", "1", "--fractions", "1"], "give --fractions or --plan once"),
     ):
         assert cli.main([*COMMAND, "--out", str(tmp_path / "job"), *more]) == 2

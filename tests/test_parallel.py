@@ -179,7 +179,7 @@ def test_meshes_as_users_make_them(pair, expected, coder):
 
 def test_bad_input(pair):
     for wrong in (0, 3, 16):
-        with pytest.raises(ValueError, match=r"divides the 8 devices, got"):
+        with pytest.raises(ValueError, match=r"divides the number of devices, 8, got"):
             ts.make_mesh(wrong)
     with pytest.raises(ValueError, match=r'needs an axis "data", .*, got \(.batch.,\)'):
         ts.shard(pair[0], Mesh(np.array(jax.devices()), ("batch",)))

@@ -336,8 +336,8 @@ BAD = [
     (dict(eta=2.0), "eta must be between 0 and 1, got 2"),
     (dict(eta=float("nan")), "eta must be a finite number, got nan"),
     (dict(cfg_scale=float("nan")), "cfg_scale must be a finite number or None, got nan"),
-    (dict(cfg_channels=5), "cfg_channels must be 1 to 4, got 5"),
-    (dict(cfg_channels=0), "cfg_channels must be 1 to 4, got 0"),
+    (dict(cfg_channels=5), "cfg_channels must be 1 to 4, .* got 5"),
+    (dict(cfg_channels=0), "cfg_channels must be 1 to 4, .* got 0"),
     (dict(noise=np.zeros((3, 8, 8, 4))), r"noise must be \(2, 8, 8, 4\), one per label"),
     (
         dict(decode=True, networks="latents"),

@@ -1,7 +1,12 @@
 """What the README shows is run."""
 
+import dataclasses
+import gzip
+import hashlib
 import re
+import runpy
 import shlex
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,24 +16,36 @@ from helpers import GOLDEN, tiny_network
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax import cli
+from tstitch_jax import checkpoint, cli
+from tstitch_jax.checks import check_networks
+from tstitch_jax.training import train
 
 ROOT = Path(__file__).parents[1]
-README, GUIDE, SCALE, MEASURES, SWEEPS, SWITCH = (
-    (ROOT / name).read_text()
-    for name in (
-        "README.md",
-        "docs/sampling.md",
-        "docs/scale.md",
-        "docs/evaluation.md",
-        "docs/sweep.md",
-        "docs/calibration.md",
-    )
-)  # fmt: skip
+README = (ROOT / "README.md").read_text()
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+GUIDE, SCALE, MEASURES = (PAGES[name] for name in ("sampling", "scale", "evaluation"))
 
 
 def blocks(language, text=README):
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def run(page, names=None):
+    """Runs a page's Python as users would, and returns what it leaves."""
+    names = {} if names is None else names
+    with jax.numpy_dtype_promotion("standard"):
+        for block in blocks("python", PAGES[page]):
+            exec(block, names)
+    return names
+
+
+@pytest.fixture
+def one_network(tmp_path, monkeypatch):
+    """``fashion-s`` in the place of all, as it compiles quickly; in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path / "cache"))
+    load = ts.load
+    monkeypatch.setattr(ts, "load", lambda name, *a, **k: load("fashion-s", *a, **k))
 
 
 @pytest.fixture
@@ -55,10 +72,7 @@ def test_python(public_networks):
     ]  # fmt: skip
 
 
-def test_the_guide(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    small = ts.load("fashion-s")  # for both, as it compiles quickly
-    monkeypatch.setattr(ts, "load", lambda name: small)
+def test_the_guide(one_network, capsys):
     names = {}
     with jax.numpy_dtype_promotion("standard"):
         for block in blocks("python", GUIDE):
@@ -75,22 +89,13 @@ def test_the_guide(tmp_path, monkeypatch, capsys):
         assert f"`{name}`" in GUIDE
 
 
-def test_the_guide_to_calibration(monkeypatch, capsys):
-    small = ts.load("fashion-s")  # for both, as it compiles quickly
-    monkeypatch.setattr(ts, "load", lambda name: small)
-    (block,) = blocks("python", SWITCH)
-    names = {}
-    with jax.numpy_dtype_promotion("standard"):
-        exec(block, names)
+def test_the_page_of_calibration(one_network, capsys):
+    names = run("calibration")
     assert "0.00%" in capsys.readouterr().out  # two copies
     assert names["images"].shape == (2, 28, 28, 1)
 
 
-def test_the_guide_to_scale(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path))
-    load = ts.load
-    monkeypatch.setattr(ts, "load", lambda name, *a, **k: load("fashion-s", *a, **k))
+def test_the_guide_to_scale(one_network):
     (export,) = (line for line in blocks("sh", SCALE) if "export" in line)
     assert cli.main(shlex.split(export)[1:]) == 0
     names, shapes = {}, []
@@ -104,10 +109,7 @@ def test_the_guide_to_scale(tmp_path, monkeypatch):
 
 
 def test_the_guide_to_measures():
-    names = {}
-    with jax.numpy_dtype_promotion("standard"):
-        for block in blocks("python", MEASURES):
-            exec(block, names)
+    names = run("evaluation")
     result = names["result"]
     assert result.samples["num"] == 20
     assert result.metrics["fd_fashion-features"] > 0
@@ -115,13 +117,85 @@ def test_the_guide_to_measures():
         assert hasattr(ts.evaluation, name)
 
 
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for text in (README, SCALE, MEASURES, SWEEPS)
-    for block in blocks("sh", text)
-    for line in block.splitlines()
-    if line.startswith("tstitch")
-]
+def test_the_front_page(one_network):
+    assert run("index")["images"].shape == (4, 28, 28, 1)
+
+
+def test_the_page_of_conversions(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(GOLDEN / "tstitch_tiny" / "small.pt", "my-dit.pt")
+    convert(GOLDEN / "diffusers_tiny" / "vae", "networks/my-vae")
+    monkeypatch.setattr(cli.sampling, "REPEATS", 1)
+    commands = [line for block in blocks("sh", PAGES["convert"]) for line in block.splitlines()]
+    for command in commands[:2]:
+        assert cli.main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+    names = run("convert")
+    assert names["latents"].shape == (2, 8, 8, 4)
+    assert ts.load("networks/renamed").card.class_names[9] == "class 9"
+
+
+def test_the_page_of_plans(one_network, capsys):
+    names = run("plan")
+    assert "0.4 small x 8, large x 12" in capsys.readouterr().out
+    assert names["images"].shape == (3, 28, 28, 1)
+    assert names["by_noise"].counts()[0] > 0
+    assert ts.Plan.load("plan.json").num_networks == 3
+
+
+def test_the_page_of_pods(one_network):
+    with np.load(run("pod")["path"]) as file:
+        assert file["arr_0"].shape == (16, 28, 28, 3)
+
+
+def test_the_page_of_partners(one_network):
+    names = run("partner")
+    config = dataclasses.replace(names["config"], steps=2, warmup=1, cooldown=1, batch=4)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 28, 28)).astype(np.uint8)
+    np.savez("data.npz", x_train=pixels, y_train=np.arange(8))
+    with jax.numpy_dtype_promotion("standard"):
+        train(dataclasses.replace(config, data="data.npz"), "runs/fashion-xs", progress=False)
+    small = checkpoint.load("runs/fashion-xs/network")
+    assert small.card.num_params < names["large"].num_params
+    check_networks([small, ts.load("large")])  # they can be stitched
+
+
+def test_fetching_the_data(tmp_path):
+    """Four idx files with their sums, from a folder instead of their authors' server."""
+    names = runpy.run_path(str(ROOT / "configs" / "fetch_fashion_mnist.py"))
+    generator, expected = np.random.default_rng(0), {}
+    for key, (name, _) in list(names["FILES"].items()):
+        expected[key] = generator.integers(0, 256, (6, 28, 28)[: 3 if key[0] == "x" else 1])
+        sides = (0x800 + expected[key].ndim, *expected[key].shape)
+        header = b"".join(side.to_bytes(4, "big") for side in sides)
+        content = gzip.compress(header + expected[key].astype(np.uint8).tobytes())
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} has the MD5 sum"):
+            names["fetch"](tmp_path.as_uri(), tmp_path / "data.npz")
+        names["FILES"][key] = name, hashlib.md5(content).hexdigest()
+    names["fetch"](tmp_path.as_uri(), tmp_path / "data.npz")
+    with np.load(tmp_path / "data.npz") as found:
+        assert set(found) == set(expected)
+        for key, array in expected.items():
+            np.testing.assert_array_equal(found[key], array)
+
+
+def test_the_page_of_solvers(one_network, monkeypatch, capsys):
+    monkeypatch.setitem(ts.SOLVERS, "adams_bashforth", ts.ddim)  # taken back in the end
+    names = run("solver")
+    assert float(np.std(names["images"])) > 0.3
+    assert ts.make_solver("adams_bashforth") is names["adams_bashforth"]()
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def commands(text):
+    """Calls of ``tstitch`` in the shell blocks, also within other programs' arguments."""
+    for block in blocks("sh", text):
+        joined = re.sub(r"\\\n\s*", "", block)
+        for call in re.findall(r"\btstitch [a-z]+[^\"\n&]*", joined):
+            yield shlex.split(call, comments=True)
+
+
+COMMANDS = [command for text in (README, *PAGES.values()) for command in commands(text)]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -130,12 +204,9 @@ def test_commands_are_ones_that_there_are(command):
     assert callable(arguments.run)
 
 
-def test_the_two_commands_and_the_links():
-    assert "make demo" in README
-    assert "make test" in README
-    for folder, text in (
-        (ROOT, README),
-        *((ROOT / "docs", text) for text in (GUIDE, SCALE, MEASURES, SWEEPS)),
-    ):
-        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
-            assert (folder / link).exists(), link
+def test_the_commands_and_the_links():
+    for target in ("demo", "test", "docs"):
+        assert f"make {target}" in README
+    # The pages' links, and their anchors, are MkDocs' to check.
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link

@@ -21,7 +21,7 @@ def check_networks(networks: Sequence[Any]) -> None:
             )
         if isinstance(each, FeatureNetwork):
             raise ValueError(
-                f"{each.card.name} says features of images and makes none; give a denoiser"
+                f"{each.card.name} says features of images and draws none; give a denoiser"
             )
     if not isinstance(networks, Sequence) or not all(isinstance(n, Network) for n in networks):
         raise ValueError(f"networks must be a list of what ts.load returns, got {networks!r:.80}")

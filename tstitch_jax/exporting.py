@@ -42,14 +42,11 @@ def export(
 
     The file holds ``program``, the bytes of ``jax.export`` (StableHLO); ``weight_0000``, ...; the
     arguments that were given here, ``seed``, ``labels``, ``plan`` and ``scales``, of which a call
-    may give others of the same shape; and ``about``, JSON. Nothing in it is run when it is read:
+    may give others of the same shape; and ``about``, JSON. Nothing in it is run when it is read.
+    ``jax.export.deserialize(bytearray(file["program"])).call`` takes the list of the weights, in
+    the order of their names, and then these four arguments; ``docs/scale.md`` has it as a script.
 
-        file = np.load("sampler.npz")
-        draw = jax.export.deserialize(bytearray(file["program"])).call
-        weights = [file[name] for name in file.files if name.startswith("weight_")]
-        images = draw(weights, *(file[name] for name in ("seed", "labels", "plan", "scales")))
-
-    ``images`` are float32 ``[B, H, W, C]`` in [-1, 1], those of ``sample`` with
+    It returns images, float32 ``[B, H, W, C]`` in [-1, 1], those of ``sample`` with
     ``jax.random.key(seed)``. ``seed`` is uint32, ``labels`` int32 ``[B]``, ``plan`` int32 ``[N]``,
     ``scales`` float32: the guidance scale of each guided network (of each step too, where one was
     given by step).

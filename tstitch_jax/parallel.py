@@ -35,7 +35,8 @@ def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else list(devices)
     if not isinstance(model, int) or model < 1 or len(devices) % model:
         raise ValueError(
-            f"model must be a whole number that divides the {len(devices)} devices, got {model!r}"
+            f"model must be a whole number that divides the number of devices, {len(devices)}, "
+            f"got {model!r}"
         )
     # Neighbours share a network; automatic axes are those that jit spreads by itself.
     grid = np.array(devices).reshape(-1, model)

@@ -356,7 +356,10 @@ def prepare(
     allowed = range(1, card.image_shape[2] + 1)
     if cfg_channels is not None:
         if not isinstance(cfg_channels, int | np.integer) or cfg_channels not in allowed:
-            raise ValueError(f"cfg_channels must be 1 to {len(allowed)}, got {shown(cfg_channels)}")
+            raise ValueError(
+                f"cfg_channels must be 1 to {len(allowed)}, the channels of an image or latent, "
+                f"got {shown(cfg_channels)}"
+            )
         cfg_channels = int(cfg_channels)
     cfg_rescale = check_number("cfg_rescale", cfg_rescale)
     if not 0 <= cfg_rescale <= 1:

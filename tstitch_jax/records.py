@@ -49,6 +49,7 @@ def open_records(name: str, split: str) -> Records:
         text = " ".join(str(error).split())
         if "No module named" in text:
             text = "preparing it for the first time needs tensorflow; pip install tensorflow"
+        text = text.partition(" Available datasets:")[0]  # more than a thousand
         kind = NoSplit if text.startswith("Unknown split") else ValueError
         raise kind(f"cannot open tfds:{name}: {text[:200]}") from error
     return Records(source)

@@ -164,6 +164,7 @@ _LEVELS: dict[str, Callable[[float, float, np.ndarray], np.ndarray]] = {
 """From the least and the largest noise level, sigma / alpha, to levels, u from 0 to 1."""
 
 SPACINGS = ("respaced", *_PLACES, *_LEVELS)
+"""Names of the ways to spread N steps over the training times; see ``make_knots``."""
 
 
 def _count(steps: int | str | np.integer, spacing: str, limit: int) -> int:

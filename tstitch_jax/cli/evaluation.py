@@ -15,37 +15,30 @@ if TYPE_CHECKING:
 def add_options(sub: argparse.ArgumentParser) -> None:
     from tstitch_jax.evaluation import METRICS
 
-    sub.add_argument(
-        "samples", metavar="SAMPLES",
-        help="an .npz with arr_0, a folder of tstitch generate or of images, tfds:NAME:SPLIT, "
-        "FILE.npz:ARRAY",
-    )  # fmt: skip
-    sub.add_argument(
-        "reference", metavar="REFERENCE", nargs="?",
-        help="the same, or an .npz with mu, sigma, mu_s, sigma_s",
-    )  # fmt: skip
-    sub.add_argument(
-        "--features", default="inception", metavar="NAME",
-        help="inception (default), fashion, or the folder of a feature network",
-    )  # fmt: skip
+    sub.add_argument("samples", metavar="SAMPLES",
+                     help=".npz, folder, tfds:NAME:SPLIT or FILE.npz:ARRAY")  # fmt: skip
+    sub.add_argument("reference", metavar="REFERENCE", nargs="?",
+                     help="the same, or an .npz with mu, sigma, mu_s, sigma_s")  # fmt: skip
+    sub.add_argument("--features", default="inception", metavar="NAME",
+                     help="inception (default), fashion, or a folder")  # fmt: skip
     sub.add_argument(
         "--metrics", nargs="+", metavar="NAME",
-        help=f"of {', '.join(METRICS)} (default: all that can be had, without fid_infinity)",
+        help=f"{', '.join(METRICS)} (default: all but fid_infinity)",
     )  # fmt: skip
     sub.add_argument("--num", type=whole(1), metavar="N", help="only the first N samples")
     sub.add_argument("--save-statistics", metavar="FILE",
-                     help="write mu, sigma, mu_s, sigma_s of SAMPLES to an .npz")  # fmt: skip
+                     help="write mu, sigma, mu_s, sigma_s of SAMPLES, an .npz")  # fmt: skip
     sub.add_argument("--out", metavar="FILE", help="write the result, with all settings, as JSON")
     sub.add_argument("--picture", metavar="FILE",
-                     help="draw the samples nearest to REFERENCE and farthest from it")  # fmt: skip
+                     help="draw samples nearest to REFERENCE and farthest")  # fmt: skip
     sub.add_argument("--skip-broken", action="store_true",
                      help="leave out, and count, broken images of a folder")  # fmt: skip
+    sub.add_argument("--batch", type=whole(1), default=32, metavar="B",
+                     help="images of a device at a time (default: 32)")  # fmt: skip
     sub.add_argument(
-        "--batch", type=whole(1), default=32, metavar="B",
-        help="images of a device at a time (default: 32); no value depends on it",
+        "--dtype", choices=("float32", "bfloat16"), default="float32", metavar="TYPE",
+        help="float32 (default) or bfloat16, to compute in",
     )  # fmt: skip
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                     help="what the feature network computes in (default: float32)")  # fmt: skip
 
 
 def _load(name: str, dtype: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tstitch_jax.cli.text import class_labels, scale, table, whole
+from tstitch_jax.cli.text import class_labels, number, scale, table, whole
 
 if TYPE_CHECKING:
     from tstitch_jax.types import Network
@@ -30,74 +30,45 @@ def add_options(
     Without a meaning ``fractions`` and ``plan`` are left out, and so is the autoencoder if asked.
     """
     sub.add_argument(
-        "--networks",
-        nargs="+",
-        default=list(EMBEDDED_PAIR),
-        metavar="NAME",
-        help="names or folders, first steps first (default: the embedded pair)",
-    )
+        "--networks", nargs="+", default=list(EMBEDDED_PAIR), metavar="NAME",
+        help="names or folders, small first (default: embedded pair)",
+    )  # fmt: skip
     if fractions:
         sub.add_argument(
-            "--fractions", nargs="+", type=float, action="append", metavar="F",
-            help=f"each network's share of the steps, summing to 1; {fractions}",
-        )  # fmt: skip
-    sub.add_argument(
-        "--steps",
-        default="50",
-        metavar="N",
-        help="number of steps, or a spec like ddim50 or 10,10,20 (default: 50)",
-    )
+            "--fractions", nargs="+", type=number, action="append", metavar="F", help=fractions
+        )
+    sub.add_argument("--steps", default="50", metavar="N",
+                     help="how many, or ddim50, or 10,10,20 (default: 50)")  # fmt: skip
     if plan:
         sub.add_argument("--plan", action="append", metavar="FILE", help=plan)
-    sub.add_argument("--times", nargs="+", type=float, metavar="T",
-                     help="the falling times themselves, instead of --steps")  # fmt: skip
-    sub.add_argument(
-        "--spacing", default="respaced", metavar="NAME",
-        help="respaced (default), leading, linspace, trailing, karras, exponential, ...",
-    )  # fmt: skip
-    sub.add_argument(
-        "--solver", default="ddim", metavar="NAME",
-        help="ddim (default), ddpm, dpmpp, unipc, euler, heun, pndm, sde, ...",
-    )  # fmt: skip
-    sub.add_argument("--eta", type=float, help="noise of ddim and euler_ancestral, 0 to 1")
-    sub.add_argument(
-        "--cfg-scale",
-        type=scale,
-        default=1.5,
-        metavar="S",
-        help="guidance scale, or none for the conditional half alone (default: 1.5)",
-    )
-    sub.add_argument(
-        "--cfg-channels",
-        type=int,
-        metavar="C",
-        help="guide only the first C channels (default: what the card says)",
-    )
-    sub.add_argument("--cfg-rescale", type=float, default=0.0, metavar="PHI",
+    sub.add_argument("--times", nargs="+", type=number, metavar="T",
+                     help="the falling times themselves, for --steps")  # fmt: skip
+    sub.add_argument("--spacing", default="respaced", metavar="NAME",
+                     help="respaced (default), leading, trailing, karras, ...")  # fmt: skip
+    sub.add_argument("--solver", default="ddim", metavar="NAME",
+                     help="ddim (default), ddpm, dpmpp, unipc, heun, pndm, ...")  # fmt: skip
+    sub.add_argument("--eta", type=number, help="noise of ddim and euler_ancestral, 0 to 1")
+    sub.add_argument("--cfg-scale", type=scale, default=1.5, metavar="S",
+                     help="guidance scale, or none (default: 1.5)")  # fmt: skip
+    sub.add_argument("--cfg-channels", type=whole(1), metavar="C",
+                     help="guide the first C channels (default: card's)")  # fmt: skip
+    sub.add_argument("--cfg-rescale", type=number, default=0.0, metavar="PHI",
                      help="rescaled guidance, 0 to 1 (default: 0)")  # fmt: skip
-    sub.add_argument(
-        "--cfg-interval", nargs=2, type=float, metavar=("LOW", "HIGH"),
-        help="guide only at noise levels sigma / alpha between these",
-    )  # fmt: skip
-    sub.add_argument("--auto-scale", type=float, metavar="S",
+    sub.add_argument("--cfg-interval", nargs=2, type=number, metavar=("LO", "HI"),
+                     help="guide only at noise levels sigma / alpha in between")  # fmt: skip
+    sub.add_argument("--auto-scale", type=number, metavar="S",
                      help="autoguidance of the later networks by the first")  # fmt: skip
-    sub.add_argument(
-        "--labels", nargs="+", metavar="LABEL", help=f"classes by number or name, {labels}"
-    )
+    sub.add_argument("--labels", nargs="+", metavar="LABEL",
+                     help=f"numbers or names, {labels}")  # fmt: skip
     if autoencoder:
-        sub.add_argument(
-            "--autoencoder", metavar="NAME",
-            help="name or folder of what decodes latents (default: what the card says)",
-        )  # fmt: skip
+        sub.add_argument("--autoencoder", metavar="NAME",
+                         help="what decodes latents (default: as the card says)")  # fmt: skip
+    sub.add_argument("--seed", type=whole(0, 2**32 - 1), default=0,
+                     help="of the noise (default: 0)")  # fmt: skip
     sub.add_argument(
-        "--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the noise (default: 0)"
-    )
-    sub.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="what the networks compute in (default: float32)",
-    )
+        "--dtype", choices=("float32", "bfloat16"), default="float32", metavar="TYPE",
+        help="float32 (default) or bfloat16, to compute in",
+    )  # fmt: skip
 
 
 def _dtype(arguments: argparse.Namespace) -> Any:
@@ -149,6 +120,8 @@ def _one_plan(arguments: argparse.Namespace) -> dict[str, Any]:
     fractions, plans = arguments.fractions or [], arguments.plan or []
     if len(fractions) + len(plans) > 1:
         raise ValueError("give --fractions or --plan once")
+    if not fractions and not plans and len(arguments.networks) > 1:
+        raise ValueError(f"give --fractions or --plan for the {len(arguments.networks)} networks")
     if plans:
         return {"plan": Plan.load(plans[0])}
     return {"fractions": fractions[0]} if fractions else {}

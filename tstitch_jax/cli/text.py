@@ -52,6 +52,13 @@ def class_labels(texts: Sequence[str] | None, card: Card) -> list[int]:
     return labels
 
 
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
 def scale(text: str) -> float | None:
     try:
         return None if text == "none" else float(text)

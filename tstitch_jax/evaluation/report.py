@@ -32,6 +32,7 @@ NAMES = {
 results and its name, so that nobody takes the one for the other."""
 
 METRICS = tuple(NAMES)
+"""Names of the measures, as ``evaluate`` and ``SweepConfig`` take them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

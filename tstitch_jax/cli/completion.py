@@ -1,0 +1,71 @@
+"""Completion for shells: ``tstitch --completion bash``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+FILES = {"FILE", "SRC", "CONFIG", "SAMPLES", "REFERENCE", "SPEC"}
+FOLDERS = {"DIR", "OUT"}
+"""What an argument is called that is the path of a file, or of a folder."""
+
+
+def _names() -> dict[str, list[str]]:
+    """The known values of arguments that have names for values."""
+    from checkpoints_convert import FAMILIES
+    from tstitch_jax import hub
+    from tstitch_jax.evaluation import METRICS
+    from tstitch_jax.exporting import PLATFORMS
+    from tstitch_jax.schedules import SPACINGS
+    from tstitch_jax.solvers import SOLVERS
+
+    known = {name: entry.family for name, entry in hub.PUBLIC.items()}
+    coders = [name for name, family in known.items() if family == "autoencoder"]
+    denoisers = [name for name, family in known.items() if family in ("dit", "sit")]
+    embedded = hub.embedded_names()
+    return {
+        "networks": [*(name for name in embedded if "features" not in name), *denoisers],
+        "features": ["inception", *(name for name in embedded if "features" in name)],
+        "autoencoder": coders,
+        "solver": list(SOLVERS),
+        "spacing": list(SPACINGS),
+        "metrics": list(METRICS),
+        "platforms": list(PLATFORMS),
+        "family": list(FAMILIES),
+    }
+
+
+def _describe(parser: argparse.ArgumentParser, names: dict[str, list[str]]) -> None:
+    """Tells shtab what each argument may be. The parser is of no other use after that."""
+    import shtab
+
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                _describe(each, names)
+        elif action.dest in names:
+            action.choices = names[action.dest]
+        elif action.metavar in FILES | FOLDERS:
+            what = shtab.DIRECTORY if action.metavar in FOLDERS else shtab.FILE
+            action.complete = what  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class PrintCompletion(argparse.Action):
+    """Prints the script of a shell, and exits."""
+
+    def __init__(self, option_strings: list[str], dest: str, **more: Any) -> None:
+        super().__init__(
+            option_strings, dest, metavar="SHELL", choices=SHELLS, default=argparse.SUPPRESS,
+            help="print the completion script of bash, zsh or tcsh",
+        )  # fmt: skip
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
+    ) -> None:
+        import shtab
+
+        _describe(parser, _names())
+        print(shtab.complete(parser, values))
+        parser.exit()
