@@ -121,10 +121,9 @@ def test_the_front_page(one_network):
     assert run("index")["images"].shape == (4, 28, 28, 1)
 
 
-def test_the_page_of_conversions(tmp_path, monkeypatch, capsys):
+def test_the_page_of_conversions(public_networks, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(GOLDEN / "tstitch_tiny" / "small.pt", "my-dit.pt")
-    convert(GOLDEN / "diffusers_tiny" / "vae", "networks/my-vae")
     monkeypatch.setattr(cli.sampling, "REPEATS", 1)
     commands = [line for block in blocks("sh", PAGES["convert"]) for line in block.splitlines()]
     for command in commands[:2]:
