@@ -45,7 +45,9 @@ def gaussian(name, change=None, *, macs=100, schedule="cosine"):
     def denoiser(params, x, knot, cond):
         seen = jnp.einsum("uh,bhwc,vw->buvc", MAPS[0], x, MAPS[1], precision="highest")
         slope = knot.alpha * power / (knot.alpha**2 * power + knot.sigma**2)
-        x0 = mean + slope * (seen - knot.alpha * mean)
+        # Without a class another mean is expected, so that guidance makes a difference.
+        middle = mean + 0.1 * (cond == 3)[:, None, None, None]
+        x0 = middle + slope * (seen - knot.alpha * middle)
         if change is not None:
             x0 = change(x0, seen, knot)
         x0 = jnp.einsum("uh,buvc,vw->bhwc", MAPS[0], x0, MAPS[1], precision="highest")
@@ -100,7 +102,18 @@ PLANS = (
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("options", [{}, dict(spacing="trailing")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(spacing="trailing"),
+        dict(cfg_scale=2.0),
+        dict(cfg_scale=3.0, cfg_interval=(0.2, 2.0)),
+        dict(cfg_scale=[None, 1.5, 2.0]),
+        dict(auto_scale=1.5),
+    ],
+    ids=str,
+)
 def test_the_damage_of_gaussian_networks_is_exact(plan, options):
     networks = [
         gaussian("a", shifted(0.2), macs=1), gaussian("b", sloped(0.004), macs=10),
@@ -110,7 +123,8 @@ def test_the_damage_of_gaussian_networks_is_exact(plan, options):
     true = measured(networks, ts.Plan.from_list(plan, 3), **options)
     assert true > 1e-8
     np.testing.assert_allclose(found.damage, true, rtol=0.01)
-    assert found.speedup == pytest.approx(1200 / sum([1, 10, 100][k] for k in plan))
+    if not options:
+        assert found.speedup == pytest.approx(1200 / sum([1, 10, 100][k] for k in plan))
 
 
 def test_schedules_and_guidance_of_others_are_followed():
@@ -224,12 +238,32 @@ def brute_force(gram, costs, allowed, free):
 def found_by_search(gram, costs, allowed, free):
     count, steps = costs.shape
     found = {}
-    for plan in calibration._search(gram, costs, allowed, free):
+    for plan in calibration._search(gram, allowed, free):
         entries = [k * steps + i for i, k in enumerate(plan) if k < count - 1]
         counts = tuple(np.bincount(plan, minlength=count))
         assert counts not in found
         found[counts] = gram[np.ix_(entries, entries)].sum()
     return found
+
+
+def test_noisy_predictions_of_eps_are_no_harm_where_there_is_only_noise():
+    """Its x0 is far off there, and a linear filter's is not; but next to nothing comes of it."""
+
+    def wrong(size, frequency):
+        def change(x0, x, knot):
+            return x0 - knot.sigma / knot.alpha * size * jnp.sin(frequency * x)
+
+        return change
+
+    networks = [
+        gaussian("a", wrong(0.01, 3), macs=1, schedule="linear"),
+        gaussian("b", wrong(0.005, 5), schedule="linear"),
+    ]
+    found = calibrate(networks)
+    assert found.plan.counts() == (STEPS, 0)
+    assert found.steps_alone[0, 0] > found.linear[0]
+    assert found.warnings == ()
+    np.testing.assert_allclose(found.damage, measured(networks, found.plan), rtol=0.2)
 
 
 @given(problem=problems())
@@ -260,8 +294,7 @@ def test_the_search_among_free_plans_where_errors_are_independent(problem):
 def test_long_plans_of_many_networks_are_looked_through_in_blocks():
     count, steps = 4, 250
     gram = np.eye((count - 1) * steps)
-    costs = np.array([1.0, 2, 3, 4])[:, None] * np.ones(steps)
-    plans = calibration._search(gram, costs, np.ones((count, steps), bool), False)
+    plans = calibration._search(gram, np.ones((count, steps), bool), False)
     assert 1000 < len(plans) <= calibration._STATES
     assert all(len(plan) == steps and plan == sorted(plan) for plan in plans)
 
@@ -276,6 +309,9 @@ def test_a_saved_calibration_is_a_plan(tmp_path):
     assert about["networks"] == ["a", "b"]
     assert about["tolerance"] == calibration.TOLERANCE
     assert len(about["front"]) == len(found.front)
+    assert about["cfg_scale"] is None
+    assert len(about["times"]) == STEPS + 1
+    assert np.shape(about["labels"]) == (2, 24)
     images = ts.sample(
         jax.random.key(0), networks, labels=[0], steps=STEPS, plan=plan, cfg_scale=None,
         decode=False,
@@ -323,6 +359,9 @@ def test_a_wrong_schedule_is_noticed():
         (2, dict(conditions=3), "conditions must be a whole number of at least 4, got 3"),
         (2, dict(labels=[5]), "labels must be 0 to 2, got 5"),
         (2, dict(labels=[]), "labels must be a list of whole numbers"),
+        (2, dict(labels=[[0, 1], [0, 1, 2]]), "labels for the same images, got 2 and 3"),
+        (2, dict(labels=[[], []]), r"labels must be a list of whole numbers, .*, got \[\]"),
+        (2, dict(budget=101), "no plan is 101 times as quick as b alone; the quickest is 1.00"),
         (2, dict(fractions=[0.5, 0.5]), "no option 'fractions'; choose from steps, spacing"),
         (2, dict(solver="dmid"), "unknown solver 'dmid'"),
         (2, dict(steps=0), "steps"),
@@ -339,6 +378,9 @@ def test_other_bad_input():
         calibrate(networks).predict(ts.Plan.from_counts([3, 3]))
     with pytest.raises(ValueError, match="says nothing of multiply-adds; take costs='seconds'"):
         calibrate([gaussian("a", macs=0), gaussian("b")])
+    distilled = [replaced(network, consistency=True) for network in networks]
+    with pytest.raises(ValueError, match="with the solver 'lcm' no error outlives a step"):
+        calibrate(distilled, solver="lcm")
     broken = gaussian("a", lambda x0, x, knot: x0 / 0)
     with pytest.raises(FloatingPointError, match="not finite"):
         calibrate([broken, gaussian("b")])
@@ -355,7 +397,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     plan = ts.Plan.load("plan.json")
     assert plan.steps == 6
     assert plan.counts()[0] >= 2
-    assert f"chosen: fraction {plan.counts()[0] / 6:g}" in said
+    assert f"chosen: {plan.describe(['fashion-s', 'fashion-xl'])}, " in said
     assert (
         cli.main(
             ["sample", "--steps", "6", "--plan", "plan.json", "--labels", "0", "--out", "b.png"]
@@ -373,6 +415,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         ("--networks fashion-xl", "at least two"),
         ("--conditions 1", "at least 4, got '1'"),
         ("--out .", "it is a folder"),
+        ("--tolerance 5", "must be a share or per cent; is 5% meant?"),
+        ("--picture a.jpg", "a.jpg"),
+        ("--out a.png --picture a.png", "--out and --picture are one file; give two"),
     ],
 )
 def test_bad_commands(arguments, message, capsys, tmp_path, monkeypatch):

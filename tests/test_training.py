@@ -149,8 +149,9 @@ def test_a_run_starts_from_another_network(tmp_path):
     data = ArrayImages(*make_images())
     first = train(make_config(), tmp_path / "a", images=data, progress=False)
     config = make_config(
-        init=str(tmp_path / "a" / "network"), steps=20, learning_rate=1e-12, seed=7, save_every=10
-    )
+        init=str(tmp_path / "a" / "network"), steps=20, learning_rate=1e-12, seed=7, save_every=10,
+        cooldown=0,
+    )  # fmt: skip
     again = train(config, tmp_path / "b", images=data, progress=False)
     for found, expected in zip(
         jax.tree.leaves(again.params), jax.tree.leaves(first.params), strict=True
@@ -158,7 +159,7 @@ def test_a_run_starts_from_another_network(tmp_path):
         np.testing.assert_allclose(found, expected, atol=1e-6)
     # What it started from is not needed to go on.
     shutil.rmtree(tmp_path / "a")
-    longer = dataclasses.replace(config, steps=20)
+    longer = dataclasses.replace(config, steps=40)
     train(longer, tmp_path / "b", images=data, progress=False)
     with pytest.raises(ValueError, match="no network folder"):
         train(config, tmp_path / "c", images=data, progress=False)

@@ -7,7 +7,7 @@ variance :math:`v_i` over images at point i, the deterministic flow carries an e
 to :math:`e \sqrt{v_N / v_i}` in the result. In units of the result's own deviation it stays
 :math:`e / \sqrt{v_i}`, whatever the remaining steps. The damage of a plan is the mean square of the
 sum of its steps' errors in these units: 0 for the reference alone; 1 for results that differ from
-the reference's by as much as those differ among themselves.
+the reference's by as much as those differ from their mean.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tstitch_jax.checks import check_key, check_networks, check_number, is_list,
 from tstitch_jax.costs import pareto_front, pass_seconds, passes
 from tstitch_jax.files import whole_file
 from tstitch_jax.plan import Plan
-from tstitch_jax.types import Key, Knots, Network
+from tstitch_jax.types import Key, Knots, Network, Solver
 
 TOLERANCE = 0.01
 """The damage that is tolerated unless something else is asked for."""
@@ -121,7 +121,10 @@ class Calibration:
 
     @property
     def fractions(self) -> tuple[float, ...]:
-        """The share of the steps that each network takes in the chosen plan."""
+        """The share of the number of steps that each network takes in the chosen plan.
+
+        They are ``sample``'s fractions only where times are evenly spaced.
+        """
         return tuple(count / self.plan.steps for count in self.plan.counts())
 
     def predict(self, plan: Plan) -> Choice:
@@ -247,11 +250,6 @@ def _measure(inputs: pipeline.Inputs, *, static: tuple[tuple[str, Any], ...]) ->
     variance = over_bands(spread) + _FLOOR
     unit = 1 / jnp.sqrt(variance[1:])
 
-    def error(difference: jax.Array, knot: Knots, after: Knots, unit: jax.Array) -> jax.Array:
-        """What a difference of x0 is at the step's end, as one of eps goes with it."""
-        carried = after.alpha - after.sigma * knot.alpha / knot.sigma
-        return carried * transform(difference) * unit
-
     def over_images(value: jax.Array) -> jax.Array:
         return value.mean(axis=(1, 2, 3))
 
@@ -265,8 +263,9 @@ def _measure(inputs: pipeline.Inputs, *, static: tuple[tuple[str, Any], ...]) ->
             other = denoiser(alone, x, knot, inputs.labels)
             difference = other.x0 - x0
             lengths = over_images(jnp.square(other.eps)), over_images(jnp.square(eps))
+            error = after.alpha * difference + after.sigma * (other.eps - eps)
             found.append((
-                error(difference, knot, after, unit),
+                transform(error) * unit,
                 over_images(jnp.square(difference)).mean(),
                 over_images(jnp.square(other.eps - eps)).mean(),
                 (over_images(other.eps * eps) / jnp.sqrt(lengths[0] * lengths[1])).mean(),
@@ -292,25 +291,23 @@ def _measure(inputs: pipeline.Inputs, *, static: tuple[tuple[str, Any], ...]) ->
     return _Measured(gram, *jax.lax.map(filtered, points), *(value.T for value in found))
 
 
-def _search(
-    gram: np.ndarray, costs: np.ndarray, allowed: np.ndarray, free: bool
-) -> list[list[int]]:
+def _search(gram: np.ndarray, allowed: np.ndarray, free: bool) -> list[list[int]]:
     """Plans of little damage for every way of counting the steps, by dynamic programming.
 
     Of all plans that give each network the same number of steps so far, the one of least damage is
     kept. Without ``free`` there is only one, so none is lost; with it, the plans kept are the best
-    ones where errors of different steps do not go together, and good ones elsewhere.
+    ones where errors of different steps do not go together and all steps of a network cost alike,
+    and good ones elsewhere.
 
     Args:
         gram: float64 ``[M, M]``, mean products of errors.
-        costs: float64 ``[K, N]``.
         allowed: bool ``[K, N]``, who may take which step; the last network may take all.
         free: Whether an earlier network may come after a later one.
     """
-    count, steps = costs.shape
+    count, steps = allowed.shape
     # Steps are put together until there are not too many ways of counting.
     blocks = max(
-        m for m in range(1, min(steps, 100) + 1)
+        m for m in range(1, steps + 1)
         if m == 1 or math.comb(m + count - 1, count - 1) <= _STATES
     )  # fmt: skip
     block = np.arange(steps) * blocks // steps
@@ -340,12 +337,22 @@ def _search(
 
 
 def _front(plans: Sequence[list[int]], gram: np.ndarray, costs: np.ndarray) -> tuple[Choice, ...]:
-    count = costs.shape[0]
-    every = [_expected(Plan.from_list(plan, count), gram, costs) for plan in plans]
-    values = [choice.damage for choice in every]
-    kept = pareto_front([1 / c.speedup for c in every], values, lower_is_better=True)
-    found = {(c.speedup, c.damage): c for c, best in zip(every, kept, strict=True) if best}
-    return tuple(sorted(found.values(), key=lambda choice: -choice.speedup))
+    count, steps = costs.shape
+    mean, spent, damages = gram.mean(axis=0), [], []
+    for plan in np.asarray(plans):
+        others = np.flatnonzero(plan < count - 1)
+        entries = plan[others] * steps + others
+        damages.append(float(mean[np.ix_(entries, entries)].sum()))
+        spent.append(float(costs[plan, np.arange(steps)].sum()))
+    kept = pareto_front(spent, damages, lower_is_better=True)
+    found = {
+        (cost, damage): plan
+        for cost, damage, plan, best in zip(spent, damages, plans, kept, strict=True)
+        if best
+    }
+    return tuple(
+        _expected(Plan.from_list(found[point], count), gram, costs) for point in sorted(found)
+    )
 
 
 def _runs(steps: np.ndarray) -> str:
@@ -356,10 +363,16 @@ def _runs(steps: np.ndarray) -> str:
 
 
 def _warnings(
-    networks: Sequence[Network], found: _Measured, allowed: np.ndarray, costs: np.ndarray
-) -> list[str]:
-    """What speaks against stitching these networks."""
+    networks: Sequence[Network], found: _Measured, allowed: np.ndarray, costs: np.ndarray,
+    solver: str,
+) -> list[str]:  # fmt: skip
+    """What speaks against stitching these networks, or against the prediction."""
     last, steps, said = networks[-1].card, costs.shape[1], []
+    if solver not in ("ddim", "euler"):
+        said.append(
+            f"damage is predicted for deterministic first-order steps; with {solver} that of the "
+            "last steps may be several times as large: check the plan"
+        )
     for k, network in enumerate(networks[:-1]):
         card = network.card
         if card.data and last.data and card.data != last.data:
@@ -374,7 +387,8 @@ def _warnings(
         elif worse.any():
             said.append(
                 f"{card.name} does more damage than {_LINEAR} in {worse.sum()} of {steps} steps "
-                f"({_runs(worse)}), which it does not take"
+                f"({_runs(worse)}), which it does not take; nor, where switches are final, any "
+                "before them"
             )
         # Near the end both see the image itself; in the middle both see the same noise.
         scale = float(np.median(found.scale[k, -max(1, steps // 5) :]))
@@ -394,6 +408,23 @@ def _warnings(
     return said
 
 
+def _plain(value: Any) -> Any:
+    """An option as JSON holds it."""
+    if is_list(value):
+        return [_plain(each) for each in value]
+    return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
+
+
+class _TooQuick(ValueError):
+    """No plan is as quick as that."""
+
+    def __init__(self, budget: float, name: str, quickest: float) -> None:
+        super().__init__(
+            f"no plan is {budget:g} times as quick as {name} alone; the quickest is "
+            f"{quickest:.2f} times as quick"
+        )
+
+
 def _check_goal(tolerance: Any, budget: Any) -> tuple[float, float | None]:
     if tolerance is not None and budget is not None:
         raise ValueError("give a tolerance or a budget, not both")
@@ -409,15 +440,20 @@ def _check_goal(tolerance: Any, budget: Any) -> tuple[float, float | None]:
 
 def _labels(networks: Sequence[Network], labels: Any, conditions: int) -> Any:
     """A class for each condition, those given in turn, or classes spread over all of them."""
-    if type(conditions) is not int or conditions < 4:
+    if not isinstance(conditions, int | np.integer) or conditions < 4:
         raise ValueError(f"conditions must be a whole number of at least 4, got {conditions!r:.80}")
     if labels is None:
         classes = max(1, networks[-1].card.num_classes)
-        kept = min(classes, conditions)
-        labels = [k * classes // kept for k in range(kept)]
-    if is_list(labels) and len(labels) and is_list(labels[0]):
-        return [np.resize(own, conditions).tolist() for own in labels]
-    return np.resize(labels, conditions).tolist() if is_list(labels) and len(labels) else labels
+        labels = list(range(classes))
+    every = list(labels) if is_list(labels) and len(labels) and is_list(labels[0]) else [labels]
+    lengths = {len(own) if is_list(own) else 0 for own in every}
+    if len(lengths) > 1 or 0 in lengths:
+        return labels  # which check_labels refuses
+    count = lengths.pop()
+    # In turn, or spread over them if there are more.
+    turns = np.arange(conditions) * max(count, conditions) // conditions % count
+    spread = [[own[k] for k in turns] for own in every]
+    return spread if is_list(labels[0]) else spread[0]
 
 
 def calibrate(
@@ -453,7 +489,7 @@ def calibrate(
         costs: ``"seconds"``, as measured here, or ``"macs"``, multiply-adds as the cards say.
         options: Of ``sample``: ``steps``, ``spacing``, ``solver``, ``eta``, ``cfg_scale``,
             ``cfg_channels``, ``cfg_rescale``, ``cfg_interval``, ``auto_scale``. Errors are carried
-            on as first-order steps between the solver's own points would, whatever the solver.
+            on as deterministic first-order steps would, whatever the solver.
 
     Returns:
         A ``Calibration``; its ``plan`` goes to ``sample`` and ``generate``.
@@ -481,6 +517,18 @@ def calibrate(
         decode=False, return_trajectory=True, return_predictions=True, **options,
     )  # fmt: skip
     steps, count = request.plan.steps, len(networks)
+    method = request.static["solver"]
+    solver = method.name if isinstance(method, Solver) else method
+    if isinstance(method, Solver) and method.needs_consistency:
+        raise ValueError(f"with the solver {solver!r} no error outlives a step; take another")
+    if costs == "macs":
+        per_pass = [float(network.card.macs) for network in networks]
+    else:
+        per_pass = pass_seconds(networks, request.batch)
+    spent = passes(request) @ np.asarray(per_pass)
+    quickest = float(spent[-1].sum() / spent.min(axis=0).sum())
+    if budget is not None and budget > quickest:
+        raise _TooQuick(budget, networks[-1].card.name, quickest)
     # The rule of fractions may leave the last network without some step.
     inputs = request.inputs._replace(
         given=request.inputs.given._replace(plan=Plan.from_list([count - 1] * steps, count))
@@ -491,32 +539,27 @@ def calibrate(
     )
     if not all(np.isfinite(value).all() for value in found):
         raise FloatingPointError("predictions along the trajectory are not finite")
-    if costs == "macs":
-        per_pass = [float(network.card.macs) for network in networks]
-    else:
-        per_pass = pass_seconds(networks, request.batch)
-    spent = passes(request) @ np.asarray(per_pass)
 
     def with_last(value: np.ndarray, last: float | int) -> np.ndarray:
         return np.concatenate([value, np.full((1, steps), last)])
 
     mean = found.gram.mean(axis=0)
     steps_alone = with_last(np.diagonal(mean).reshape(-1, steps), 0)
-    allowed = steps_alone <= np.maximum(found.linear, NEGLIGIBLE * found.whole)
-    plans = _search(mean, spent, allowed, free)
+    # A step's share of what is tolerated by default is never refused: where there is hardly
+    # anything but noise no network beats the filter, and none needs to.
+    harmless = np.maximum(NEGLIGIBLE * found.whole, TOLERANCE / steps)
+    allowed = steps_alone <= np.maximum(found.linear, harmless)
+    plans = _search(mean, allowed, free)
     front = _front(plans, found.gram, spent)
     if budget is None:
         chosen = next(choice for choice in front if choice.damage <= tolerance)
     else:
         quick = [choice for choice in front if choice.speedup >= budget]
         if not quick:
-            raise ValueError(
-                f"no plan is {budget:g} times as quick as {networks[-1].card.name} alone; the "
-                f"quickest is {front[0].speedup:.2f} times as quick"
-            )
+            raise _TooQuick(budget, networks[-1].card.name, front[0].speedup)
         chosen = quick[-1]
     goal = {"tolerance": tolerance} if budget is None else {"budget": budget}
-    solver = request.static["solver"]
+    given = {name: _plain(value) for name, value in options.items()}
     return Calibration(
         chosen=chosen,
         front=front,
@@ -527,10 +570,12 @@ def calibrate(
         eps=with_last(found.eps, 0),
         cosine=with_last(found.cosine, 1),
         costs=spent,
-        warnings=tuple(_warnings(networks, found, allowed, spent)),
+        warnings=tuple(_warnings(networks, found, allowed, spent, solver)),
         settings={
-            **goal, "free": free, "conditions": request.batch, "costs": costs, "steps": steps,
-            "solver": solver if isinstance(solver, str) else solver.name,
+            **goal, "free": free, "conditions": request.batch, "costs": costs,
+            "labels": [own.tolist() for own in map(np.asarray, request.inputs.labels)],
+            "times": np.asarray(request.inputs.knots.time, np.float64).tolist(),
+            **given, "steps": steps, "solver": solver,
         },
         _gram=found.gram,
     )  # fmt: skip

@@ -20,9 +20,12 @@ _SHOWN = 11
 def share(text: str) -> float:
     """A number such as ``0.01`` or ``1%``."""
     try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number or per cent, got {text!r}") from None
+    if value > 1 and not text.endswith("%"):
+        raise argparse.ArgumentTypeError(f"must be a share or per cent; is {text}% meant?")
+    return value
 
 
 def factor(text: str) -> float:
@@ -66,12 +69,14 @@ def calibrate_command(arguments: argparse.Namespace) -> None:
     from tstitch_jax.calibration import calibrate
     from tstitch_jax.charts import check_matplotlib
     from tstitch_jax.files import check_writable
+    from tstitch_jax.pictures import check_png
 
-    networks = load_networks(arguments)
     check_writable(Path(arguments.out))
     if arguments.picture:
         check_matplotlib()
-        check_writable(Path(arguments.picture))
+        if check_png(arguments.picture).resolve() == Path(arguments.out).resolve():
+            raise ValueError("--out and --picture are one file; give two")
+    networks = load_networks(arguments)
     labels = arguments.labels and class_labels(arguments.labels, networks[-1].card)
     found = calibrate(
         jax.random.key(arguments.seed), networks, tolerance=arguments.tolerance,
@@ -96,7 +101,6 @@ def calibrate_command(arguments: argparse.Namespace) -> None:
     )
     for warning in found.warnings:
         print(f"warning: {printable(warning)}")
-    if len(found.names) == 2:
-        print(f"chosen: fraction {found.fractions[0]:g}, {found.speedup:.2f}x as quick")
+    print(f"chosen: {_describe(found.chosen, found.names)}, {found.speedup:.2f}x as quick")
     also = f", picture: {arguments.picture}" if arguments.picture else ""
     print(f"plan: {arguments.out} (--plan {arguments.out}){also}")

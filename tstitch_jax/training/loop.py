@@ -184,11 +184,9 @@ def _start(config: Config) -> Params | None:
     fields = ["architecture", "config", "image_shape", "num_classes"]
     if isinstance(wanted, Card):
         fields += ["target", "learned_variance", "schedule"]
-    said = [
-        f"{name} {getattr(given, name, None)!r} for {getattr(wanted, name)!r}"
-        for name in fields
-        if getattr(given, name, None) != getattr(wanted, name)
-    ]
+    pairs = [(name, getattr(given, name, None), getattr(wanted, name)) for name in fields]
+    # As JSON has them, which knows no tuples.
+    said = [f"{name} {a!r} for {b!r}" for name, a, b in pairs if json.dumps(a) != json.dumps(b)]
     if said:
         raise ValueError(
             f"{wanted.name} cannot start from {config.init}, which has {'; '.join(said)}"
