@@ -36,7 +36,7 @@ GROUPS = {
         "#c99a2e",
         "parallel shards hosts generation exporting",
     ),
-    "measuring": ("#f5defa", "#a765bd", "evaluation sweep records charts"),
+    "measuring": ("#f5defa", "#a765bd", "evaluation costs calibration sweep records charts"),
     "ways in": ("#ffe0d6", "#d9744f", "pipeline checks pictures __init__ cli"),
 }
 NAMES = {"__init__": "tstitch_jax", "cli": "tstitch, cli/"}

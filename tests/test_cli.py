@@ -319,14 +319,15 @@ def test_bad_train(capsys, tmp_path, monkeypatch, text, arguments, message):
     assert err.count("\n") == 1
 
 
-LINES = {"sample": 26, "export": 27, "generate": 35}
+LINES = {"sample": 26, "export": 27, "calibrate": 29, "generate": 35}
 """Of the help of commands with many options; all others fit a screen of 24."""
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        "", "networks", "sample", "generate", "evaluate", "sweep", "export", "convert", "train",
+        "", "networks", "sample", "generate", "evaluate", "calibrate", "sweep", "export", "convert",
+        "train",
     ],
 )  # fmt: skip
 def test_help_fits_a_screen_and_shows_an_example(capsys, monkeypatch, command):

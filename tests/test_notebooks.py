@@ -136,6 +136,10 @@ def test_what_is_committed(name):
 
 def test_one_address():
     """The repository's address is said in setup.py, and is the same wherever it is needed."""
-    for file in (*(ROOT / "colab").glob("*.ipynb"), ROOT / "mkdocs.yml", ROOT / "README.md"):
-        for address in re.findall(r"github(?:\.com)?/(\w+/tstitch_jax)", file.read_text()):
-            assert address == ADDRESS, file
+    pages = (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "mkdocs.yml")
+    found = {
+        address
+        for file in (*pages, *(ROOT / "colab").glob("*.ipynb"))
+        for address in re.findall(r"github(?:\.com)?/([\w-]+/tstitch_jax)", file.read_text())
+    }
+    assert found == {ADDRESS}
