@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
-from checkpoints_convert import autoencoder, dit, inception, readers, rules
+from checkpoints_convert import autoencoder, dit, inception, readers, rules, unet
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion
 from checkpoints_convert.rules import Tensor
@@ -63,7 +63,19 @@ LAYOUTS = (
         dit.diffusers,
     ),
     Layout(
-        "diffusers' AutoencoderKL",
+        "diffusers' U-Net",
+        ("unet",),
+        r"(down_blocks|up_blocks|mid_block|time_embedding|conv_norm_out)\..*",
+        unet.diffusers,
+    ),
+    Layout(
+        "CompVis' latent diffusion",
+        ("unet",),
+        r"(model\.)?diffusion_model\.(input_blocks|middle_block|output_blocks)\..*",
+        unet.compvis,
+    ),
+    Layout(
+        "diffusers' autoencoder",
         ("autoencoder",),
         r"(en|de)coder\.(down_blocks|up_blocks|mid_block|conv_norm_out)\..*",
         autoencoder.diffusers,
@@ -82,13 +94,20 @@ LAYOUTS = (
     ),
 )
 
-FAMILIES = ("dit", "sit", "autoencoder", "inception")
+FAMILIES = ("dit", "sit", "unet", "autoencoder", "inception")
+
+PARTS = {"unet": "unet", "autoencoder": "vae"}
+"""Where a pipeline's folder of diffusers keeps the network of a family."""
 
 
 def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> tuple[Layout, str]:
-    """The layout whose names fit most tensors, and the family."""
+    """The layout whose names fit most tensors, and the family.
+
+    A whole checkpoint holds networks of several families, so a family that is given goes first.
+    """
     fits = [sum(bool(re.fullmatch(each.names, n)) for n in tensors) for each in LAYOUTS]
-    best = LAYOUTS[fits.index(max(fits))]
+    own = [n if family in each.families else 0 for n, each in zip(fits, LAYOUTS, strict=True)]
+    best = LAYOUTS[own.index(max(own)) if any(own) else fits.index(max(fits))]
     if not max(fits):
         raise CheckpointError(
             f"no known network has tensors such as {', '.join(sorted(tensors)[:3])}; known: "
@@ -147,11 +166,11 @@ def convert(
 
     Args:
         source: A torch file (``.pt``, ``.pth``, ``.ckpt``, ``.bin``), a ``.safetensors`` file, an
-            index of several (``*.index.json``), or the folder of a diffusers network. Nothing in
-            it is run.
+            index of several (``*.index.json``), the folder of a diffusers network, or, with a
+            family, that of a whole pipeline. Nothing in it is run.
         out: The folder to write. It is whole or absent afterwards.
-        family: ``"dit"``, ``"sit"``, ``"autoencoder"`` or ``"inception"``; told from the tensors'
-            names otherwise, where a SiT, which has a DiT's names, counts as a DiT.
+        family: One of ``FAMILIES``; told from the tensors' names otherwise, where a SiT, which has
+            a DiT's names, counts as a DiT, and a whole checkpoint of latent diffusion as a U-Net.
         num_heads: Number of attention heads, where the network is of no published size.
         name: The network's name; that of ``out`` by default.
         source_name: Where the checkpoint comes from; its file name by default.
@@ -173,7 +192,8 @@ def convert(
     check_place(out)
     if (out / "card.json").exists() and not force:
         raise CheckpointError(f"{out} exists; --force replaces it")
-    found = readers.read(source)
+    inside = source / PARTS.get(family or "", "")
+    found = readers.read(inside if (inside / "config.json").is_file() else source)
 
     def build(folder: Path) -> BaseCard:
         layout, kind = _layout(source, found.tensors, family)

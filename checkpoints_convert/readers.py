@@ -14,6 +14,7 @@ import numpy as np
 
 from checkpoints_convert import torch_zip
 from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.family import SCHEDULER
 from checkpoints_convert.rules import Tensor
 
 WEIGHTS = (
@@ -37,7 +38,8 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         tensors: By name.
-        config: What the ``config.json`` beside the weights says; empty without one.
+        config: What the ``config.json`` beside the weights says; empty without one. Where the
+            network lies in a pipeline's folder, also that of its scheduler (``SCHEDULER``).
         files: The files read.
     """
 
@@ -204,6 +206,9 @@ def read(source: Path) -> Checkpoint:
     config: dict[str, Any] = {}
     if weights.name.startswith("diffusion_pytorch_model") and config_file.is_file():
         config, files = _read_json(config_file), (config_file, *files)
+        scheduler = weights.parent.parent / SCHEDULER / "scheduler_config.json"
+        if weights.parent.name == "unet" and scheduler.is_file():
+            config[SCHEDULER], files = _read_json(scheduler), (*files, scheduler)
     return Checkpoint(tensors, config, files)
 
 

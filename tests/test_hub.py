@@ -21,7 +21,7 @@ from helpers import GOLDEN, tiny_network
 import tstitch_jax as ts
 from tstitch_jax import hub
 from tstitch_jax.networks import SIZES, count_macs, count_params, dit, inception, param_shapes
-from tstitch_jax.networks.autoencoder import KLAutoencoder
+from tstitch_jax.networks.autoencoder import LatentAutoencoder
 
 BODY = np.random.default_rng(0).bytes(3 * 2**20 + 12345)
 HALF = 2**20 + 2**19
@@ -415,7 +415,7 @@ def test_cache_folder(monkeypatch):
 def test_the_table_says_what_the_networks_are(name):
     entry = hub.PUBLIC[name]
     if entry.family == "autoencoder":
-        module = KLAutoencoder((128, 256, 512, 512), 2, 4, entry.image_shape)
+        module = LatentAutoencoder((128, 256, 512, 512), 2, 4, entry.image_shape)
     elif entry.family == "inception":
         module = inception.Inception(entry.num_classes, entry.image_shape)
     else:

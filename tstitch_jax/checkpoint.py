@@ -44,6 +44,7 @@ from tstitch_jax.types import (
     AutoencoderCard,
     BaseCard,
     Card,
+    Cond,
     Denoiser,
     FeatureCard,
     FeatureNetwork,
@@ -82,12 +83,13 @@ def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
     """
     if card.architecture not in ARCHITECTURES:
         raise unknown("architecture", card.architecture, ARCHITECTURES)
+    more: dict[str, Any] = {}
     if isinstance(card, Card):
         more = dict(num_classes=card.num_classes, learned_variance=card.learned_variance)
+        if card.context is not None:
+            more["context"] = tuple(card.context)
     elif isinstance(card, FeatureCard):
         more = dict(num_classes=card.num_classes)
-    else:
-        more = {}
     try:
         return ARCHITECTURES[card.architecture](
             **{k: tuple(v) if isinstance(v, list) else v for k, v in card.config.items()},
@@ -102,15 +104,23 @@ def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
 @functools.cache
 def _denoiser(module: nn.Module, target: str, learned_variance: bool) -> Denoiser:
     # Cached, so that loading a network twice gives the same function, which jit knows again.
-    def apply(params: Params, x: jax.Array, time: jax.Array, labels: jax.Array) -> jax.Array:
-        return module.apply({"params": params}, x, time, labels)  # pyright: ignore
+    def apply(params: Params, x: jax.Array, time: jax.Array, cond: Cond) -> jax.Array:
+        return module.apply({"params": params}, x, time, cond)  # pyright: ignore
 
     return as_denoiser(apply, target, learned_variance)
 
 
 def check_classes(card: Card | FeatureCard) -> None:
-    """Raises ValueError if the card's classes and their names do not fit."""
-    if card.num_classes < 1:
+    """Raises ValueError if the card's classes and their names, or its context, do not fit."""
+    context = card.context if isinstance(card, Card) else None
+    if context is not None:
+        whole = len(context) == 2 and all(type(n) is int and n > 0 for n in context)
+        if card.num_classes or not whole:
+            raise ValueError(
+                "a context is a length and a width above 0, without classes, got "
+                f"{context} and {card.num_classes} classes"
+            )
+    elif card.num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {card.num_classes}")
     if len(card.class_names) not in (0, card.num_classes):
         raise ValueError(f"{len(card.class_names)} names for {card.num_classes} classes")

@@ -15,7 +15,7 @@ Params = Any
 
 Cond = Any
 """A pytree of arrays with a leading batch axis that a denoiser is conditioned on, here int32
-``[B]`` class labels."""
+``[B]`` class labels or float32 ``[B, L, D]`` contexts."""
 
 Key = jax.Array
 """A typed PRNG key, as ``jax.random.key`` makes."""
@@ -186,10 +186,14 @@ class Card(BaseCard):
         target: What its output is: ``"eps"``, ``"v"``, ``"x0"`` or ``"flow"``.
         learned_variance: Whether a second half of the output channels holds the variance.
         schedule: The arguments of ``make_schedule``.
-        num_classes: Number of classes; the null label of guidance is this number itself.
+        num_classes: Number of classes; the null label of guidance is this number itself. 0 for a
+            network that is conditioned on a context.
+        context: ``(L, D)``, length and width of the contexts that it is conditioned on, such as
+            encoded texts; None with classes.
         class_names: Their names, or empty.
         guidance_channels: How many of the first channels guidance acts on by default; None for all.
         autoencoder: The name of the autoencoder whose latents it denoises; empty for images.
+        text_encoder: The name of the text encoder that makes its contexts; empty without one.
         consistency: Whether it was distilled to a consistency network, whose x0 is a sample.
     """
 
@@ -197,9 +201,11 @@ class Card(BaseCard):
     learned_variance: bool
     schedule: dict[str, Any]
     num_classes: int
+    context: tuple[int, int] | None = None
     class_names: tuple[str, ...] = ()
     guidance_channels: int | None = None
     autoencoder: str = ""
+    text_encoder: str = ""
     consistency: bool = False
 
 

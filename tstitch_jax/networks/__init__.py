@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.networks import autoencoder, classifier, dit, inception
+from tstitch_jax.networks import autoencoder, classifier, dit, inception, unet
 from tstitch_jax.types import Params
 
 ARCHITECTURES: dict[str, type] = {
     "dit": dit.DiT,
-    "autoencoder": autoencoder.KLAutoencoder,
+    "unet": unet.UNet,
+    "autoencoder": autoencoder.LatentAutoencoder,
     "inception": inception.Inception,
     "classifier": classifier.Classifier,
 }
@@ -24,7 +25,8 @@ SIZES: dict[str, dict[str, Any]] = {
     for size, config in dit.SIZES.items()
     for patch in dit.PATCHES
 }
-"""The twelve published sizes: keyword arguments of ``DiT`` without its input and its classes."""
+"""The twelve published sizes: keyword arguments of ``DiT`` without its input and its classes. Those
+of U-Nets are ``unet.SIZES``."""
 
 
 def init_params(module: Any, key: jax.Array) -> Params:
