@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,6 +120,21 @@ Denoise = Callable[[jax.Array, Knots], Prediction]
 
 State = Any
 """A solver's own pytree, carried from step to step; ``()`` where it needs none."""
+
+
+class Tokenizer(NamedTuple):
+    """From texts to the numbers of tokens that a text encoder takes.
+
+    Attributes:
+        encode: ``texts -> ids``, NumPy int32 ``[B, T]``: start, text, end, and what fills it up. A
+            text that is too long is cut, with a warning that says what is left out.
+        files: The files it was made from, by name; they are kept in the folders of networks.
+        size: How many tokens there are.
+    """
+
+    encode: Callable[[Sequence[str]], np.ndarray]
+    files: Mapping[str, bytes]
+    size: int
 
 
 class Solver(NamedTuple):
