@@ -15,21 +15,24 @@ from typing import Any, NamedTuple
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
-from checkpoints_convert import autoencoder, dit, inception, readers, rules
+from checkpoints_convert import autoencoder, clip, dit, inception, readers, rules
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.checkpoint import (
+    TAKE_TEXTS,
     check_card,
     check_place,
     complete,
     fill_folder,
+    fit_tokenizer,
     flatten,
     module_of,
     replace_folder,
 )
 from tstitch_jax.networks import param_shapes
 from tstitch_jax.schedules import unknown
+from tstitch_jax.tokenizer import read_tokenizer
 from tstitch_jax.types import BaseCard, Card
 
 
@@ -80,15 +83,37 @@ LAYOUTS = (
         r"(Conv2d_\d\w|Mixed_\d\w)\..*|fc\.(weight|bias)",
         inception.published,
     ),
+    Layout(
+        "CLIP's text tower",
+        ("text_encoder",),
+        clip.TEXT,
+        clip.text_encoder,
+    ),
+    Layout(
+        "CLIP",
+        ("clip",),
+        rf"{clip.TEXT}|(vision_model|visual_projection|text_projection)\..*|logit_scale",
+        clip.whole,
+    ),
+    Layout(
+        "OpenCLIP's text tower, of Stable Diffusion 2 and XL",
+        ("text_encoder",),
+        r"(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?transformer\.resblocks\..*"
+        r"|cond_stage_model\.model\..*",
+        clip.refuse,
+    ),
 )
 
-FAMILIES = ("dit", "sit", "autoencoder", "inception")
+FAMILIES = ("dit", "sit", "autoencoder", "inception", "text_encoder", "clip")
 
 
 def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> tuple[Layout, str]:
     """The layout whose names fit most tensors, and the family."""
     fits = [sum(bool(re.fullmatch(each.names, n)) for n in tensors) for each in LAYOUTS]
     best = LAYOUTS[fits.index(max(fits))]
+    # Of a checkpoint that holds several networks, the one that is asked for.
+    asked = [fit if family in each.families else 0 for fit, each in zip(fits, LAYOUTS, strict=True)]
+    best = LAYOUTS[asked.index(max(asked))] if max(asked) else best
     if not max(fits):
         raise CheckpointError(
             f"no known network has tensors such as {', '.join(sorted(tensors)[:3])}; known: "
@@ -131,12 +156,31 @@ def _reserved(folder: Path, size: int) -> Iterator[None]:
         place.unlink()
 
 
+def _tokenizer(source: Path, given: str | os.PathLike[str] | None) -> dict[str, bytes]:
+    """The files of a checkpoint's tokenizer: the given one, its own, or the one beside it."""
+    if given is not None:
+        return read_tokenizer(Path(given))
+    own = source if source.is_dir() else source.parent
+    places = (own, own.parent / "tokenizer") if own.name else (own,)
+    for place in places:
+        try:
+            return read_tokenizer(place)
+        except ValueError:
+            continue
+    raise CheckpointError(
+        f"there is no tokenizer in {' or '.join(map(str, places))}; give the folder of one (vocab."
+        "json and merges.txt, or tokenizer.json) with --tokenizer, such as the folder tokenizer of "
+        "CompVis/stable-diffusion-v1-4 on the Hugging Face hub"
+    )
+
+
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     family: str | None = None,
     num_heads: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     name: str | None = None,
     source_name: str | None = None,
     license: str = "",
@@ -147,12 +191,14 @@ def convert(
 
     Args:
         source: A torch file (``.pt``, ``.pth``, ``.ckpt``, ``.bin``), a ``.safetensors`` file, an
-            index of several (``*.index.json``), or the folder of a diffusers network. Nothing in
-            it is run.
+            index of several (``*.index.json``), or the folder of a network of diffusers or
+            transformers. Nothing in it is run.
         out: The folder to write. It is whole or absent afterwards.
-        family: ``"dit"``, ``"sit"``, ``"autoencoder"`` or ``"inception"``; told from the tensors'
-            names otherwise, where a SiT, which has a DiT's names, counts as a DiT.
+        family: One of ``FAMILIES``; told from the tensors' names otherwise, where a SiT, which has
+            a DiT's names, counts as a DiT, and a checkpoint of several networks as its largest.
         num_heads: Number of attention heads, where the network is of no published size.
+        tokenizer: The folder of a text encoder's tokenizer; by default the checkpoint's own, or
+            ``tokenizer`` beside it.
         name: The network's name; that of ``out`` by default.
         source_name: Where the checkpoint comes from; its file name by default.
         license, data: What the card says of them.
@@ -183,6 +229,12 @@ def convert(
         if isinstance(conversion.card, Card):
             check_card(conversion.card)
         module = module_of(conversion.card)
+        files, settings = None, {}
+        if conversion.card.architecture in TAKE_TEXTS:
+            files = _tokenizer(source, tokenizer)
+            settings = dict(tokenizer_checksum=fit_tokenizer(files, module)[1])
+        elif tokenizer is not None:
+            raise CheckpointError(f"the network of {layout.name} has no tokenizer; leave it out")
         expected = {k: tuple(v.shape) for k, v in flatten(param_shapes(module)).items()}
         rules.check(conversion.rules, found.tensors, expected, conversion.ignored)
         conversion.check()
@@ -199,9 +251,10 @@ def convert(
             source_checksum=source_checksum,
             license=license,
             data=data,
+            **settings,
         )
         card = complete(card, module, tree)
-        fill_folder(folder, card, tree)
+        fill_folder(folder, card, tree, files)
         return card
 
     try:

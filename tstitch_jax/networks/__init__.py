@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.networks import autoencoder, classifier, dit, inception
+from tstitch_jax.networks import autoencoder, classifier, clip, dit, inception
 from tstitch_jax.types import Params
 
 ARCHITECTURES: dict[str, type] = {
@@ -17,6 +17,8 @@ ARCHITECTURES: dict[str, type] = {
     "autoencoder": autoencoder.KLAutoencoder,
     "inception": inception.Inception,
     "classifier": classifier.Classifier,
+    "clip": clip.CLIP,
+    "clip_text": clip.TextTower,
 }
 
 SIZES: dict[str, dict[str, Any]] = {
