@@ -34,6 +34,7 @@ setup(
         "huggingface_hub>=0.30",
         "filelock>=3.12",
         "flatbuffers>=24.3",  # of jax.export
+        "tokenizers>=0.20",
     ],
     extras_require={
         "train": ["tensorflow-datasets>=4.9.9"],

@@ -15,21 +15,24 @@ from typing import Any, NamedTuple
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
-from checkpoints_convert import autoencoder, dit, inception, readers, rules, unet
+from checkpoints_convert import autoencoder, clip, dit, inception, readers, rules, unet
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.checkpoint import (
+    TAKE_TEXTS,
     check_card,
     check_place,
     complete,
     fill_folder,
+    fit_tokenizer,
     flatten,
     module_of,
     replace_folder,
 )
 from tstitch_jax.networks import param_shapes
 from tstitch_jax.schedules import unknown
+from tstitch_jax.tokenizer import read_tokenizer
 from tstitch_jax.types import BaseCard, Card
 
 
@@ -92,11 +95,30 @@ LAYOUTS = (
         r"(Conv2d_\d\w|Mixed_\d\w)\..*|fc\.(weight|bias)",
         inception.published,
     ),
+    Layout(
+        "CLIP's text tower",
+        ("text_encoder",),
+        clip.TEXT,
+        clip.text_encoder,
+    ),
+    Layout(
+        "CLIP",
+        ("clip",),
+        rf"{clip.TEXT}|(vision_model|visual_projection|text_projection)\..*|logit_scale",
+        clip.whole,
+    ),
+    Layout(
+        "OpenCLIP's text tower, of Stable Diffusion 2 and XL",
+        ("text_encoder",),
+        r"(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?transformer\.resblocks\..*"
+        r"|cond_stage_model\.model\..*",
+        clip.refuse,
+    ),
 )
 
-FAMILIES = ("dit", "sit", "unet", "autoencoder", "inception")
+FAMILIES = ("dit", "sit", "unet", "autoencoder", "text_encoder", "clip", "inception")
 
-PARTS = {"unet": "unet", "autoencoder": "vae"}
+PARTS = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
 """Where a pipeline's folder of diffusers keeps the network of a family."""
 
 
@@ -150,12 +172,31 @@ def _reserved(folder: Path, size: int) -> Iterator[None]:
         place.unlink()
 
 
+def _tokenizer(source: Path, given: str | os.PathLike[str] | None) -> dict[str, bytes]:
+    """The files of a checkpoint's tokenizer: the given one, its own, or the one beside it."""
+    if given is not None:
+        return read_tokenizer(Path(given))
+    own = source if source.is_dir() else source.parent
+    places = (own, own.parent / "tokenizer") if own.name else (own,)
+    for place in places:
+        try:
+            return read_tokenizer(place)
+        except ValueError:
+            continue
+    raise CheckpointError(
+        f"there is no tokenizer in {' or '.join(map(str, places))}; give the folder of one (vocab."
+        "json and merges.txt, or tokenizer.json) with --tokenizer, such as the folder tokenizer of "
+        "CompVis/stable-diffusion-v1-4 on the Hugging Face hub"
+    )
+
+
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     family: str | None = None,
     num_heads: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     name: str | None = None,
     source_name: str | None = None,
     license: str = "",
@@ -166,12 +207,14 @@ def convert(
 
     Args:
         source: A torch file (``.pt``, ``.pth``, ``.ckpt``, ``.bin``), a ``.safetensors`` file, an
-            index of several (``*.index.json``), the folder of a diffusers network, or, with a
-            family, that of a whole pipeline. Nothing in it is run.
+            index of several (``*.index.json``), the folder of a network of diffusers or
+            transformers, or, with a family, that of a whole pipeline. Nothing in it is run.
         out: The folder to write. It is whole or absent afterwards.
         family: One of ``FAMILIES``; told from the tensors' names otherwise, where a SiT, which has
-            a DiT's names, counts as a DiT, and a whole checkpoint of latent diffusion as a U-Net.
+            a DiT's names, counts as a DiT, and a checkpoint of several networks as its largest.
         num_heads: Number of attention heads, where the network is of no published size.
+        tokenizer: The folder of a text encoder's tokenizer; by default the checkpoint's own, or
+            ``tokenizer`` beside it.
         name: The network's name; that of ``out`` by default.
         source_name: Where the checkpoint comes from; its file name by default.
         license, data: What the card says of them.
@@ -193,7 +236,8 @@ def convert(
     if (out / "card.json").exists() and not force:
         raise CheckpointError(f"{out} exists; --force replaces it")
     inside = source / PARTS.get(family or "", "")
-    found = readers.read(inside if (inside / "config.json").is_file() else source)
+    place = inside if (inside / "config.json").is_file() else source
+    found = readers.read(place)
 
     def build(folder: Path) -> BaseCard:
         layout, kind = _layout(source, found.tensors, family)
@@ -203,6 +247,12 @@ def convert(
         if isinstance(conversion.card, Card):
             check_card(conversion.card)
         module = module_of(conversion.card)
+        files, settings = None, {}
+        if conversion.card.architecture in TAKE_TEXTS:
+            files = _tokenizer(place, tokenizer)
+            settings = dict(tokenizer_checksum=fit_tokenizer(files, module)[1])
+        elif tokenizer is not None:
+            raise CheckpointError(f"the network of {layout.name} has no tokenizer; leave it out")
         expected = {k: tuple(v.shape) for k, v in flatten(param_shapes(module)).items()}
         rules.check(conversion.rules, found.tensors, expected, conversion.ignored)
         conversion.check()
@@ -219,9 +269,10 @@ def convert(
             source_checksum=source_checksum,
             license=license,
             data=data,
+            **settings,
         )
         card = complete(card, module, tree)
-        fill_folder(folder, card, tree)
+        fill_folder(folder, card, tree, files)
         return card
 
     try:

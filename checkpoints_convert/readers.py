@@ -24,8 +24,14 @@ WEIGHTS = (
     "diffusion_pytorch_model.bin.index.json",
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.fp16.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.fp16.safetensors",
+    "pytorch_model.fp16.bin",
 )
-"""The weights of a diffusers folder, first found first taken."""
+"""The weights of a folder of diffusers or transformers, first found first taken."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
@@ -168,7 +174,8 @@ def read(source: Path) -> Checkpoint:
 
     Args:
         source: A torch file (``.pt``, ``.pth``, ``.ckpt``, ``.bin``), a ``.safetensors`` file, an
-            index of several (``*.index.json``), or the folder of a diffusers network.
+            index of several (``*.index.json``), or the folder of a network of diffusers or
+            transformers.
 
     Raises:
         CheckpointError: If it is none of these, damaged, or holds more than data.
@@ -201,10 +208,10 @@ def read(source: Path) -> Checkpoint:
     # What wrappers of modules put before their names, in any order.
     while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in tensors)), ""):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    # A config.json belongs to the weights of a diffusers folder, not to any file beside it.
+    # A config.json belongs to the weights of such a folder, not to any file beside it.
     config_file = weights.parent / "config.json"
     config: dict[str, Any] = {}
-    if weights.name.startswith("diffusion_pytorch_model") and config_file.is_file():
+    if weights.name in WEIGHTS and config_file.is_file():
         config, files = _read_json(config_file), (config_file, *files)
         scheduler = weights.parent.parent / SCHEDULER / "scheduler_config.json"
         if weights.parent.name == "unet" and scheduler.is_file():

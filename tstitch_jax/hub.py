@@ -457,7 +457,8 @@ def load(
         mesh: From ``ts.make_mesh``; see ``ts.shard``. No device then holds more than its part.
 
     Returns:
-        A ``Network``; an ``Autoencoder`` or a ``FeatureNetwork`` where the name is of one.
+        A ``Network``; an ``Autoencoder``, a ``TextEncoder`` or a ``FeatureNetwork`` where the name
+        is of one.
 
     Raises:
         ValueError: If there is no such network, it cannot be downloaded, or its folder is damaged.

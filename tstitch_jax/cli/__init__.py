@@ -140,17 +140,19 @@ def make_parser() -> argparse.ArgumentParser:
         "source",
         metavar="SRC",
         help="a .pt, .pth, .ckpt, .bin or .safetensors file, a *.index.json, or the folder of a "
-        "diffusers network (config.json and weights); nothing in it is run",
+        "network of diffusers or transformers (config.json and weights); nothing in it is run",
     )
     sub.add_argument("out", metavar="OUT", help="the folder to write")
     sub.add_argument(
         "--family",
         metavar="NAME",
-        help="dit, sit, autoencoder or inception (default: told from the tensors' names, where a "
-        "SiT counts as a dit)",
+        help="dit, sit, autoencoder, inception, text_encoder or clip (default: told from the "
+        "tensors' names, where a SiT counts as a dit)",
     )
     sub.add_argument("--num-heads", type=whole(1), metavar="N",
                      help="attention heads, for a network of no published size")  # fmt: skip
+    sub.add_argument("--tokenizer", metavar="FOLDER",
+                     help="of a text encoder (default: the one beside it)")  # fmt: skip
     sub.add_argument("--license", default="", metavar="TEXT", help="what the card says of it")
     sub.add_argument("--force", action="store_true", help="replace a network folder at OUT")
 

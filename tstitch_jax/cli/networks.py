@@ -26,7 +26,7 @@ def networks_command(arguments: argparse.Namespace) -> None:
     for name, card in known.items():
         where = "here" if isinstance(card, BaseCard) or hub.is_cached(name) else "download"
         classes = str(getattr(card, "num_classes", 0) or "-")
-        shape = "x".join(map(str, card.image_shape))
+        shape = "x".join(map(str, getattr(card, "image_shape", ()))) or "text"
         rows.append(
             [name, count(card.num_params), count(card.macs), shape, classes, where,
              card.license, card.source, card.data]
@@ -49,6 +49,7 @@ def convert_command(arguments: argparse.Namespace) -> None:
         arguments.out,
         family=arguments.family,
         num_heads=arguments.num_heads,
+        tokenizer=arguments.tokenizer,
         license=arguments.license,
         force=arguments.force,
     )

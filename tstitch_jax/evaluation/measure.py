@@ -80,11 +80,11 @@ def _measure(
                 result.moments.add(found.pool)
             if wanted & {"sfid", "statistics"} and found.spatial is not None:
                 result.spatial.add(found.spatial)
-            if "is" in wanted:
+            if "is" in wanted and found.logits is not None:
                 result.score.add(found.logits)
             if wanted & {"precision", "recall", "kid", "fid_infinity", "picture"}:
                 result.pools.append(np.asarray(found.pool))
-            if "accuracy" in wanted and source.labels is not None:
+            if "accuracy" in wanted and source.labels is not None and found.logits is not None:
                 labels = source.labels[result.num : result.num + len(pixels)]
                 result.right += int((found.logits.argmax(-1) == labels).sum())
             result.num += len(pixels)

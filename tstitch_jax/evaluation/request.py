@@ -54,7 +54,9 @@ def _lacks(
 ) -> Iterator[str]:
     """Why a measure cannot be had."""
     card, labels = network.card, samples.labels
-    if metric == "accuracy":
+    if metric in ("is", "accuracy") and not card.num_classes:
+        yield f"{card.name} knows no classes"
+    elif metric == "accuracy":
         if labels is None:
             yield f"{samples.name} has no labels (arr_1)"
         elif not card.class_names:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.networks import autoencoder, classifier, dit, inception, unet
+from tstitch_jax.networks import autoencoder, classifier, clip, dit, inception, unet
 from tstitch_jax.types import Params
 
 ARCHITECTURES: dict[str, type] = {
@@ -18,6 +18,8 @@ ARCHITECTURES: dict[str, type] = {
     "autoencoder": autoencoder.LatentAutoencoder,
     "inception": inception.Inception,
     "classifier": classifier.Classifier,
+    "clip": clip.CLIP,
+    "clip_text": clip.TextTower,
 }
 
 SIZES: dict[str, dict[str, Any]] = {
