@@ -34,6 +34,7 @@ RANKS = {
     "checkpoints_convert": 4,
     "checks": 4,
     "parallel": 5,
+    "conditioning": 5,
     "hub": 6,
     "training": 6,
     "pipeline": 6,

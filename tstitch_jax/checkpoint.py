@@ -208,7 +208,8 @@ def _network(card: Card, params: Params, dtype: Any) -> Network:
     schedule = check_card(card)
     module, params, card = _fit(card, params, dtype)
     denoiser = _denoiser(module, card.target, card.learned_variance)
-    return Network(denoiser, params, card, schedule, getattr(module, "rows", None))
+    more = (getattr(module, name, None) for name in ("rows", "multiple"))
+    return Network(denoiser, params, card, schedule, *more)
 
 
 def _autoencoder(card: AutoencoderCard, params: Params, dtype: Any) -> Autoencoder:

@@ -278,6 +278,8 @@ class Network:
         schedule: The forward process it was trained on.
         rows: How many rows a TPU's fast memory holds the activations of, above which ``sample``
             lets it work in pieces; None for any number. Guidance asks for two rows an image.
+        multiple: What divides the height and width of its inputs; None where it takes those of its
+            card alone.
     """
 
     denoiser: Denoiser
@@ -285,6 +287,7 @@ class Network:
     card: Card
     schedule: Schedule
     rows: int | None = None
+    multiple: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

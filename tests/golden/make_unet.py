@@ -16,7 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel, VQModel
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    VQModel,
+)
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -251,6 +258,43 @@ for name, given in FULL_VQ.items():
         vq = VQModel(**given)
     names[name] = dict(config=written(vq), shapes=shapes(vq),
                        params=sum(p.numel() for p in vq.parameters()))  # fmt: skip
+
+# Whole trajectories of diffusers' pipeline: the small network, then the large one, by step.
+STEPS, FRACTION, SCALE = 20, 0.4, 7.5
+BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+SCHEDULERS = {
+    "ddim": DDIMScheduler(**BETAS, steps_offset=1, clip_sample=False, set_alpha_to_one=True),
+    "pndm": PNDMScheduler(**BETAS, steps_offset=1, skip_prk_steps=True, set_alpha_to_one=True),
+    "dpmpp": DPMSolverMultistepScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+}
+small, large = (fill(UNet2DConditionModel(**TINY[name])) for name in ("bk", "sd"))
+for name, scheduler in SCHEDULERS.items():
+    pipeline = StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=small, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    states, times = [], []
+
+    def keep(pipe, call, time, values, states=states, times=times, name=name):
+        # Of PNDM the first step is two calls.
+        step = call if name != "pndm" else max(call - 1, 0)
+        if name != "pndm" or call != 0:
+            states.append(values["latents"].clone())
+        after = step + 1 if name != "pndm" or call else 0
+        pipe.unet = small if (after + 1) / STEPS <= FRACTION else large
+        times.append(int(time))
+        return values
+
+    pipeline(
+        prompt_embeds=torch.from_numpy(noise("pair/context", 2, 7, 24)),
+        negative_prompt_embeds=torch.from_numpy(noise("pair/negative", 1, 7, 24)).repeat(2, 1, 1),
+        latents=nchw(noise("pair/x", 2, 8, 8, 4)), height=64, width=64, output_type="latent",
+        num_inference_steps=STEPS, guidance_scale=SCALE, callback_on_step_end=keep,
+    )  # fmt: skip
+    assert len(states) == STEPS
+    expected[f"{name}/times"] = np.array(times)
+    expected[f"{name}/states"] = np.stack([nhwc(state) for state in states])
 
 np.savez_compressed(OUT / "expected.npz", **expected)
 (OUT / "names.json").write_text(json.dumps(names, separators=(",", ":")) + "\n")
