@@ -153,6 +153,8 @@ def make_parser() -> argparse.ArgumentParser:
                      help="attention heads, for a network of no published size")  # fmt: skip
     sub.add_argument("--tokenizer", metavar="FOLDER",
                      help="of a text encoder (default: the one beside it)")  # fmt: skip
+    sub.add_argument("--lora", action="append", nargs="+", default=[], metavar=("FILE", "WEIGHT"),
+                     help="merge a LoRA file, as strongly as WEIGHT (default: 1)")  # fmt: skip
     sub.add_argument("--license", default="", metavar="TEXT", help="what the card says of it")
     sub.add_argument("--force", action="store_true", help="replace a network folder at OUT")
 

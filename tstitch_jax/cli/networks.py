@@ -41,15 +41,26 @@ def networks_command(arguments: argparse.Namespace) -> None:
     )
 
 
+def _lora(values: list[str]) -> tuple[str, float]:
+    """A file and its weight."""
+    try:
+        file, weight = values if len(values) > 1 else (*values, "1")
+        return file, float(weight)
+    except ValueError:
+        raise ValueError(f"--lora takes FILE and WEIGHT, got {' '.join(values)}") from None
+
+
 def convert_command(arguments: argparse.Namespace) -> None:
     from checkpoints_convert import convert
 
+    loras = [_lora(values) for values in arguments.lora]
     card = convert(
         arguments.source,
         arguments.out,
         family=arguments.family,
         num_heads=arguments.num_heads,
         tokenizer=arguments.tokenizer,
+        loras=loras,
         license=arguments.license,
         force=arguments.force,
     )
