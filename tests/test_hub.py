@@ -20,7 +20,15 @@ from helpers import GOLDEN, tiny_network
 
 import tstitch_jax as ts
 from tstitch_jax import hub
-from tstitch_jax.networks import SIZES, count_macs, count_params, dit, inception, param_shapes
+from tstitch_jax.networks import (
+    SIZES,
+    clip,
+    count_macs,
+    count_params,
+    dit,
+    inception,
+    param_shapes,
+)
 from tstitch_jax.networks.autoencoder import KLAutoencoder
 
 BODY = np.random.default_rng(0).bytes(3 * 2**20 + 12345)
@@ -411,6 +419,18 @@ def test_cache_folder(monkeypatch):
     assert hub.cache_folder() == Path.home() / ".cache" / "tstitch_jax"
 
 
+def clip_of(name):
+    """Radford et al. 2021, table 20; 64 features a head."""
+    patch = int(name.rsplit("patch")[1])
+    widths, depth, features = {32: ((512, 768), 12, 512), 14: ((768, 1024), 24, 768)}[patch]
+    text, image = (
+        dict(width=w, depth=d, num_heads=w // 64, mlp_width=4 * w)
+        for w, d in zip(widths, (12, depth), strict=True)
+    )
+    text["vocabulary"], image["patch"] = 49408, patch
+    return clip.CLIP(text, image, features, (224, 224, 3))
+
+
 @pytest.mark.parametrize("name", hub.PUBLIC)
 def test_the_table_says_what_the_networks_are(name):
     entry = hub.PUBLIC[name]
@@ -418,6 +438,10 @@ def test_the_table_says_what_the_networks_are(name):
         module = KLAutoencoder((128, 256, 512, 512), 2, 4, entry.image_shape)
     elif entry.family == "inception":
         module = inception.Inception(entry.num_classes, entry.image_shape)
+    elif entry.family == "clip":
+        module = clip_of(name)
+    elif entry.family == "text_encoder":
+        module = clip.TextTower(49408, 768, 12, 12, 3072)
     else:
         module = dit.DiT(
             **SIZES["dit-" + "-".join(name.split("-")[1:3])],

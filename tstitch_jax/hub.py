@@ -34,11 +34,11 @@ class Public:
     """A public network: where its files are, and what its card will say.
 
     Attributes:
-        family: Whose layout the files have: ``"dit"``, ``"sit"``, ``"autoencoder"`` or
-            ``"inception"``.
+        family: Whose layout the files have: ``"dit"``, ``"sit"``, ``"autoencoder"``,
+            ``"inception"``, ``"text_encoder"`` or ``"clip"``.
         files: Names of its files.
-        source, license, num_params, macs, data, image_shape, num_classes: As in the card; an
-            autoencoder has no classes.
+        source, license, num_params, macs, data, image_shape, num_classes: As in the card; some have
+            no classes (0), and one that takes texts has no image shape.
         url: Address of the one file, or empty.
         repo: Repository on the Hugging Face hub that holds the files, or empty.
     """
@@ -50,13 +50,15 @@ class Public:
     num_params: int
     macs: int
     data: str = "ImageNet 256"
-    image_shape: tuple[int, int, int] = (32, 32, 4)
+    image_shape: tuple[int, ...] = (32, 32, 4)
     num_classes: int = 1000
     url: str = ""
     repo: str = ""
 
 
 _DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
+
+_CLIP = ("config.json", "pytorch_model.bin", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 PUBLIC: dict[str, Public] = {
     "dit-xl-2-256": Public(
@@ -169,6 +171,48 @@ PUBLIC: dict[str, Public] = {
         data="ImageNet 2012",
         image_shape=(299, 299, 3),
         num_classes=1008,
+    ),
+    "sd-text-encoder": Public(
+        family="text_encoder",
+        files=(
+            "text_encoder/config.json",
+            "text_encoder/model.safetensors",
+            "tokenizer/vocab.json",
+            "tokenizer/merges.txt",
+            "tokenizer/tokenizer_config.json",
+        ),
+        repo="CompVis/stable-diffusion-v1-4",
+        source="huggingface.co/CompVis/stable-diffusion-v1-4",
+        license="CreativeML OpenRAIL-M",
+        num_params=123_060_480,
+        macs=6_649_251_840,
+        data="400M images of the internet with their texts",
+        image_shape=(),
+        num_classes=0,
+    ),
+    "clip-vit-base-patch32": Public(
+        family="clip",
+        files=_CLIP,
+        repo="openai/clip-vit-base-patch32",
+        source="huggingface.co/openai/clip-vit-base-patch32",
+        license="MIT",
+        num_params=151_277_312,
+        macs=7_388_581_888,
+        data="400M images of the internet with their texts",
+        image_shape=(224, 224, 3),
+        num_classes=0,
+    ),
+    "clip-vit-large-patch14": Public(
+        family="clip",
+        files=_CLIP,
+        repo="openai/clip-vit-large-patch14",
+        source="huggingface.co/openai/clip-vit-large-patch14",
+        license="MIT",
+        num_params=427_616_512,
+        macs=87_662_610_432,
+        data="400M images of the internet with their texts",
+        image_shape=(224, 224, 3),
+        num_classes=0,
     ),
 }
 """The public networks that ``load`` knows, by name."""
