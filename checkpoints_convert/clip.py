@@ -143,7 +143,15 @@ def text_encoder(
     size = _text(tensors, root, config, heads)
     card = TextEncoderCard(name="", architecture="clip_text", config=size)
     ignored.append(f"{root}embeddings.position_ids")
-    return Conversion(card, list(_text_rules("", root, size["depth"])), tuple(ignored))
+    # LoRA files name them with and without what newer files leave out.
+    names = {
+        before + name.removeprefix(root): name
+        for name in tensors
+        if name.startswith(root) and name.endswith(".weight")
+        for before in ("", "text_model.")
+    }
+    made = list(_text_rules("", root, size["depth"]))
+    return Conversion(card, made, tuple(ignored), lora_names=names)
 
 
 def whole(

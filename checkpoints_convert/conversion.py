@@ -8,14 +8,14 @@ import errno
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
-from checkpoints_convert import autoencoder, clip, dit, inception, readers, rules, unet
+from checkpoints_convert import autoencoder, clip, dit, inception, lora, readers, rules, unet
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion
 from checkpoints_convert.rules import Tensor
@@ -190,6 +190,22 @@ def _tokenizer(source: Path, given: str | os.PathLike[str] | None) -> dict[str, 
     )
 
 
+def _merged(
+    conversion: Conversion,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    loras: Sequence[tuple[str | os.PathLike[str], float]],
+) -> tuple[Mapping[str, Tensor], list[Path]]:
+    """The tensors with the LoRA files in them, and these files."""
+    if loras and not conversion.lora_names:
+        raise CheckpointError(f"LoRA files change text encoders and U-Nets, not {kind} networks")
+    files = []
+    for path, weight in loras:
+        tensors, file = lora.merge(tensors, Path(path), weight, kind, conversion.lora_names)
+        files.append(file)
+    return tensors, files
+
+
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -197,8 +213,10 @@ def convert(
     family: str | None = None,
     num_heads: int | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    loras: Sequence[tuple[str | os.PathLike[str], float]] = (),
     name: str | None = None,
     source_name: str | None = None,
+    text_encoder: str = "",
     license: str = "",
     data: str = "",
     force: bool = False,
@@ -215,8 +233,11 @@ def convert(
         num_heads: Number of attention heads, where the network is of no published size.
         tokenizer: The folder of a text encoder's tokenizer; by default the checkpoint's own, or
             ``tokenizer`` beside it.
+        loras: LoRA files for a U-Net or a text encoder, each with the weight that it is merged
+            with; 1 is as it was trained.
         name: The network's name; that of ``out`` by default.
         source_name: Where the checkpoint comes from; its file name by default.
+        text_encoder: The name of what makes a U-Net's contexts, where it is not the usual one.
         license, data: What the card says of them.
         force: Whether to replace a network folder that is there.
 
@@ -244,28 +265,35 @@ def convert(
         if num_heads is not None and kind == "autoencoder":
             raise CheckpointError("an autoencoder has one attention head; leave out --num-heads")
         conversion = layout.convert(kind, found.tensors, found.config, num_heads)
+        tensors, read = _merged(conversion, kind, found.tensors, loras)
         if isinstance(conversion.card, Card):
             check_card(conversion.card)
         module = module_of(conversion.card)
-        files, settings = None, {}
+        files: dict[str, bytes] | None = None
+        settings: dict[str, Any] = {}
         if conversion.card.architecture in TAKE_TEXTS:
             files = _tokenizer(place, tokenizer)
             settings = dict(tokenizer_checksum=fit_tokenizer(files, module)[1])
         elif tokenizer is not None:
             raise CheckpointError(f"the network of {layout.name} has no tokenizer; leave it out")
+        if text_encoder and getattr(conversion.card, "context", None) is not None:
+            settings["text_encoder"] = text_encoder
         expected = {k: tuple(v.shape) for k, v in flatten(param_shapes(module)).items()}
         rules.check(conversion.rules, found.tensors, expected, conversion.ignored)
         conversion.check()
         size = 4 * sum(map(math.prod, expected.values()))
         bar = tqdm(total=size, desc="converting", unit="B", unit_scale=True, disable=None)
         with bar, _reserved(folder, size + 2**20):
-            params = rules.fill(conversion.rules, found.tensors, bar.update)
-            source_checksum = readers.checksum(found.files)
+            params = rules.fill(conversion.rules, tensors, bar.update)
+            source_checksum = readers.checksum((*found.files, *read))
         tree = unflatten_dict(params, sep="/")
         card = dataclasses.replace(
             conversion.card,
             name=name or out.absolute().name,
-            source=source.name if source_name is None else source_name,
+            source=" + ".join(
+                [source.name if source_name is None else source_name]
+                + [f"{weight:g} {file.name}" for file, (_, weight) in zip(read, loras, strict=True)]
+            ),
             source_checksum=source_checksum,
             license=license,
             data=data,

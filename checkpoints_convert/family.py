@@ -19,12 +19,15 @@ class Conversion(NamedTuple):
         rules: One for each parameter.
         ignored: Names of the tensors that are left out on purpose.
         check: Raises CheckpointError if what is left out is not what it should be.
+        lora_names: Of a network that LoRA files are made for: the name in diffusers of each weight
+            that one may change, and its name in the checkpoint.
     """
 
     card: BaseCard
     rules: list[Rule]
     ignored: tuple[str, ...] = ()
     check: Callable[[], None] = lambda: None
+    lora_names: Mapping[str, str] = {}
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]:

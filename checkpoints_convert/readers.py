@@ -54,7 +54,8 @@ class Checkpoint(NamedTuple):
     files: tuple[Path, ...]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; raises CheckpointError if it holds none."""
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -129,6 +130,17 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     }
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a ``.safetensors`` file, which was read, says beside its tensors; empty of another."""
+    from safetensors import safe_open
+
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            return {}
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}
+
+
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32",
@@ -137,7 +149,7 @@ _DTYPES = {
 
 
 def _sharded(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
-    where = _read_json(path).get("weight_map")
+    where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not all(type(v) is str for v in where.values()):
         raise CheckpointError(
             f"{path} has no weight_map, which says the file of each tensor; give the folder, the "
@@ -212,10 +224,10 @@ def read(source: Path) -> Checkpoint:
     config_file = weights.parent / "config.json"
     config: dict[str, Any] = {}
     if weights.name in WEIGHTS and config_file.is_file():
-        config, files = _read_json(config_file), (config_file, *files)
+        config, files = read_json(config_file), (config_file, *files)
         scheduler = weights.parent.parent / SCHEDULER / "scheduler_config.json"
         if weights.parent.name == "unet" and scheduler.is_file():
-            config[SCHEDULER], files = _read_json(scheduler), (*files, scheduler)
+            config[SCHEDULER], files = read_json(scheduler), (*files, scheduler)
     return Checkpoint(tensors, config, files)
 
 

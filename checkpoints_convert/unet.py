@@ -21,7 +21,7 @@ CONTEXT_LENGTH = 77
 STABLE_DIFFUSION = 768
 """Width of the contexts of Stable Diffusion 1.x, and of what was distilled or trained from it."""
 
-TEXT_ENCODER = "clip-vit-large-patch14"
+TEXT_ENCODER = "sd-text-encoder"
 """The text encoder that these share."""
 
 AUTOENCODERS = {"text": "sd-vae-ft-ema", 3: "vq-f4", 4: "vq-f8"}
@@ -303,7 +303,14 @@ def _conversion(
                     "such networks"
                 )
 
-    return Conversion(card, rules, tuple(ignored), check_schedule)
+    theirs = {rule.target: rule.sources[0] for rule in
+              _rules(sizes._replace(compvis=False, prefix=""))}  # fmt: skip
+    lora_names = {
+        theirs[rule.target]: rule.sources[0]
+        for rule in rules
+        if rule.target in theirs and rule.target.endswith("/kernel")
+    }
+    return Conversion(card, rules, tuple(ignored), check_schedule, lora_names)
 
 
 def diffusers(

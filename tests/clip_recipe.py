@@ -25,6 +25,10 @@ an illustration of a robot reading a book in a library, digital art, by a famous
 MERGES = 300
 
 
+PROMPTS = ["a fox in the snow", "It's raining at 12 o'clock!", "", "mountains, wide angle"]
+"""Texts that images are scored with."""
+
+
 def byte_characters() -> list[str]:
     """A printable character for each byte, in the order of CLIP's vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

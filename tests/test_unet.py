@@ -15,6 +15,7 @@ from unet_recipe import noise, weight
 
 import tstitch_jax as ts
 from checkpoints_convert import CheckpointError, conversion, convert, rules
+from checkpoints_convert import unet as unet_conversion
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.checkpoint import flatten, make_network, module_of
 from tstitch_jax.networks import compute_dtypes, count_params, param_shapes, unet
@@ -139,7 +140,7 @@ def test_full_checkpoints_by_shape(name, compvis):
     assert card.num_classes == (1000 if labels else 0)
     assert card.image_shape == (32, 32, 4) if name == "ldm" else (64, 64, 4)
     if name != "ldm":
-        assert (card.context, card.text_encoder) == ((77, 768), "clip-vit-large-patch14")
+        assert (card.context, card.text_encoder) == ((77, 768), "sd-text-encoder")
     if labels:
         assert card.schedule == {"name": "scaled_linear", "betas": [0.0015, 0.0195]}
         assert card.autoencoder == "vq-f8"
@@ -175,9 +176,13 @@ def compvis(name, state=None):
     return found
 
 
-def params_of(tensors, heads=None):
+def as_tensors(arrays):
+    return {k: Tensor(v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()}
+
+
+def params_of(arrays, heads=None):
     """Of a checkpoint's arrays, up to the module, which knows 32 groups alone."""
-    lazy = {k: Tensor(v.shape, v.dtype, lambda v=v: v) for k, v in tensors.items()}
+    lazy = as_tensors(arrays)
     layout, family = conversion._layout(GOLDEN, lazy, None)
     found = layout.convert(family, lazy, {}, heads)
     found.check()
@@ -275,6 +280,27 @@ def test_torch_files(folders, tmp_path):
         convert(source / "unet", tmp_path / "c")
     with pytest.raises(CheckpointError, match=r"give one of its networks: .*unet"):
         convert(source, tmp_path / "c")
+
+
+def test_lora_is_merged_whatever_the_layout(folders, tmp_path):
+    """kohya names modules as diffusers does, also of a checkpoint of CompVis."""
+    module = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    down, up = weight("down", (2, 24)), weight("up", (16, 2))
+    lora = {f"lora_unet_{module}.lora_down.weight": down, f"lora_unet_{module}.lora_up.weight": up,
+            f"lora_unet_{module}.alpha": np.ones(1, np.float32)}  # fmt: skip
+    save_file(lora, tmp_path / "style.safetensors")
+    target = "down_0_transformer_0/cross/k/kernel"
+    plain = flatten(ts.load(folders / "bk").params)
+    folder = write_folder("bk", tmp_path / "unet")
+    convert(folder, tmp_path / "net", loras=[(tmp_path / "style.safetensors", 0.5)])
+    found = flatten(ts.load(tmp_path / "net").params)
+    expected = plain[target] + 0.5 * 1.0 / 2 * (up @ down).T
+    assert relative(found[target], expected) < 1e-6
+    assert all(np.array_equal(found[key], plain[key]) for key in plain if key != target)
+    names = unet_conversion.compvis("unet", as_tensors(compvis("bk")), {}, 2).lora_names
+    given = GIVEN["bk"]["compvis"]
+    assert len(names) > 50
+    assert all(v == f"model.diffusion_model.{given[k]}" for k, v in names.items())
 
 
 # Bad input

@@ -60,7 +60,7 @@ def check_encoders(text_encoder: Any, cards: Sequence[Card]) -> list[TextEncoder
         )
     for encoder, card in zip(encoders, cards, strict=True):
         if not isinstance(encoder, TextEncoder):
-            name = card.text_encoder or "clip-vit-large-patch14"
+            name = card.text_encoder or "sd-text-encoder"
             raise ValueError(
                 f"{card.name} takes texts as a text encoder makes contexts of them; give "
                 f"text_encoder=ts.load({name!r}), got {shown(encoder)}"

@@ -65,7 +65,7 @@ def _json(name: str, text: bytes) -> dict[str, Any]:
     return value
 
 
-def _from_whole(text: bytes) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+def _from_whole(text: bytes) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     """Vocabulary and merges of a ``tokenizer.json``, which must be one like CLIP's."""
     whole = _json(WHOLE, text)
     model = whole.get("model")
@@ -86,7 +86,7 @@ def _from_whole(text: bytes) -> tuple[dict[str, int], list[tuple[str, ...]]]:
     return model["vocab"] | more, merges
 
 
-def _from_pair(files: Mapping[str, bytes]) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+def _from_pair(files: Mapping[str, bytes]) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     vocabulary, merges = PAIR
     try:
         lines = files[merges].decode().replace("\r\n", "\n").split("\n")
@@ -169,7 +169,7 @@ def make_tokenizer(files: Mapping[str, bytes], tokens: int) -> Tokenizer:
 def _encoder(
     machine: Any, tokens: int, start: int, end: int, padding: int
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    def encode(texts: Sequence[str]) -> np.ndarray:
+    def encode(texts: Sequence[Any]) -> np.ndarray:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"texts must be a list of texts, got {texts!r:.60}")
         rows = np.full((len(texts), tokens), padding, np.int32)

@@ -1,6 +1,7 @@
 """Makes ``clip_tiny``: small random CLIP networks of transformers, and what they compute.
 
     pip install torch==2.14.1 transformers==5.24.0 tokenizers==0.23.3 safetensors==0.8.0
+    pip install torchmetrics==1.9.0
     python tests/golden/make_clip_tiny.py
 
 ``text_encoder`` and ``tokenizer`` are folders as in a Stable Diffusion of diffusers, ``clip`` one
@@ -18,7 +19,15 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torchmetrics.functional.multimodal import clip_score
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -139,6 +148,29 @@ expected |= {name: value for name, value in found.items() if "text" in name}
 scale = clip.logit_scale.exp().item()
 expected["clip/texts"] = clip.get_text_features(input_ids=rows).pooler_output.detach().numpy()
 expected["clip/cosines"] = whole.logits_per_image.numpy() / scale  # of the last images
+
+
+class Older(CLIPModel):
+    """torchmetrics takes what earlier releases of transformers returned."""
+
+    def get_image_features(self, *args, **kwargs):
+        return super().get_image_features(*args, **kwargs).pooler_output
+
+    def get_text_features(self, *args, **kwargs):
+        return super().get_text_features(*args, **kwargs).pooler_output
+
+
+def network():
+    older = Older(clip.config)
+    older.load_state_dict(clip.state_dict())
+    return older.eval(), CLIPProcessor(processor, tokenizer)
+
+
+pictures = [torch.tensor(image).permute(2, 0, 1) for image in recipe.pixels_of((64, 500))] * 2
+expected["clip/scores"] = np.array(
+    [clip_score(*pair, network).item() for pair in zip(pictures, recipe.PROMPTS, strict=True)]
+)
+expected["clip/score"] = clip_score(pictures[1:3], recipe.PROMPTS[1:3], network).item()
 np.savez_compressed(OUT / "expected.npz", **expected)
 
 

@@ -54,6 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
         plan="a row for a plan that ts.Plan.save wrote, instead of fractions or beside them",
         labels="one a column (default: the first ten)",
     )
+    sub.add_argument("--start", metavar="FILE",
+                     help="an image to start from, scaled and cut to the size")  # fmt: skip
+    sub.add_argument("--strength", type=float, metavar="S",
+                     help="how far to change it, above 0, at most 1")  # fmt: skip
     sub.add_argument("--out", default="samples.png", metavar="FILE",
                      help="the picture (default: samples.png)")  # fmt: skip
 
@@ -153,6 +157,8 @@ def make_parser() -> argparse.ArgumentParser:
                      help="attention heads, for a network of no published size")  # fmt: skip
     sub.add_argument("--tokenizer", metavar="FOLDER",
                      help="of a text encoder (default: the one beside it)")  # fmt: skip
+    sub.add_argument("--lora", action="append", nargs="+", default=[], metavar=("FILE", "WEIGHT"),
+                     help="merge a LoRA file, as strongly as WEIGHT (default: 1)")  # fmt: skip
     sub.add_argument("--license", default="", metavar="TEXT", help="what the card says of it")
     sub.add_argument("--force", action="store_true", help="replace a network folder at OUT")
 

@@ -67,7 +67,8 @@ def count_macs(function: Callable[..., Any], *arguments: Any) -> int:
                 total += size * math.prod(kernel.shape) // features
             for inner in equation.params.values():  # a call's own program, open or closed
                 inner = getattr(inner, "jaxpr", inner)
-                total += count(inner) if hasattr(inner, "eqns") else 0
+                repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
+                total += repeats * count(inner) if hasattr(inner, "eqns") else 0
             # Of a choice one branch runs.
             branches = equation.params.get("branches", ())
             total += max((count(branch.jaxpr) for branch in branches), default=0)
