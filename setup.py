@@ -37,6 +37,7 @@ setup(
         "filelock>=3.12",
         "flatbuffers>=24.3",  # of jax.export
         "shtab>=1.7",
+        "tokenizers>=0.20",
     ],
     extras_require={
         "train": ["tensorflow-datasets>=4.9.9"],

@@ -1,4 +1,4 @@
-"""KL autoencoders: diffusers' ``AutoencoderKL``, two generations of it, and CompVis'."""
+"""Autoencoders: diffusers' ``AutoencoderKL``, two generations of it, and ``VQModel``; CompVis'."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from tstitch_jax.types import AutoencoderCard
 SCALING_FACTOR = 0.18215
 """Of Stable Diffusion's autoencoder, where the checkpoint does not say it (Rombach et al. 2022)."""
 
+CODEBOOK = "quantize.embedding.weight"
+"""What a VQ autoencoder has beside. Without a ``config.json`` its latents are not scaled."""
+
 
 class Names(NamedTuple):
     """The names of a layout; ``{i}`` is the level from full resolution, ``{r}`` from the lowest."""
@@ -24,6 +27,8 @@ class Names(NamedTuple):
     upsample: str
     middle: tuple[str, str]
     attention: str
+    down_attention: str
+    up_attention: str
     projections: tuple[str, str, str, str, str]  # norm, query, key, value, out
     norm_out: str
     shortcut: str
@@ -37,6 +42,8 @@ DIFFUSERS = Names(
     upsample="up_blocks.{r}.upsamplers.0.conv",
     middle=("mid_block.resnets.0", "mid_block.resnets.1"),
     attention="mid_block.attentions.0",
+    down_attention="down_blocks.{i}.attentions.{j}",
+    up_attention="up_blocks.{r}.attentions.{j}",
     projections=("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
     norm_out="conv_norm_out",
     shortcut="conv_shortcut",
@@ -49,6 +56,8 @@ COMPVIS = Names(
     upsample="up.{i}.upsample.conv",
     middle=("mid.block_1", "mid.block_2"),
     attention="mid.attn_1",
+    down_attention="down.{i}.attn.{j}",
+    up_attention="up.{i}.attn.{j}",
     projections=("norm", "q", "k", "v", "proj_out"),
     norm_out="norm_out",
     shortcut="nin_shortcut",
@@ -73,31 +82,41 @@ def _resnet(target: str, source: str, names: Names, changes_width: bool) -> Iter
         yield from layer(f"{target}/shortcut", f"{source}.{names.shortcut}")
 
 
-def _half(half: str, names: Names, widths: tuple[int, ...], layers: int) -> Iterator[Rule]:
+def _attention(target: str, source: str, names: Names) -> Iterator[Rule]:
+    yield from _norm(f"{target}/norm", f"{source}.{names.projections[0]}")
+    for to, name in zip(("q", "k", "v", "out"), names.projections[1:], strict=True):
+        yield from layer(f"{target}/{to}", f"{source}.{name}")
+
+
+def _half(
+    half: str, names: Names, widths: tuple[int, ...], layers: int, attention: tuple[int, ...]
+) -> Iterator[Rule]:
     """The encoder's or the decoder's rules."""
     root, last = f"{names.prefix}{half}", len(widths) - 1
     yield from layer(f"{half}/conv_in", f"{root}.conv_in", transform=conv)
     for i, width in enumerate(widths):
         if half == "encoder":
-            blocks, block, resize = layers, names.down, names.downsample
+            blocks, block, attend = layers, names.down, names.down_attention
+            resize = names.downsample
             before, resized = widths[max(i - 1, 0)], "down" if i < last else ""
         else:
-            blocks, block, resize = layers + 1, names.up, names.upsample
+            blocks, block, attend = layers + 1, names.up, names.up_attention
+            resize = names.upsample
             before, resized = widths[min(i + 1, last)], "up" if i else ""
         for j in range(blocks):
             source = f"{root}.{block.format(i=i, r=last - i, j=j)}"
             yield from _resnet(
                 f"{half}/level_{i}_resnet_{j}", source, names, j == 0 and before != width
             )
+            if i in attention:
+                source = f"{root}.{attend.format(i=i, r=last - i, j=j)}"
+                yield from _attention(f"{half}/level_{i}_attention_{j}", source, names)
         if resized:
             source = f"{root}.{resize.format(i=i, r=last - i)}"
             yield from layer(f"{half}/level_{i}_{resized}", source, transform=conv)
     for j, source in enumerate(names.middle):
         yield from _resnet(f"{half}/middle/resnet_{j}", f"{root}.{source}", names, False)
-    target, source = f"{half}/middle/attention", f"{root}.{names.attention}"
-    yield from _norm(f"{target}/norm", f"{source}.{names.projections[0]}")
-    for to, name in zip(("q", "k", "v", "out"), names.projections[1:], strict=True):
-        yield from layer(f"{target}/{to}", f"{source}.{name}")
+    yield from _attention(f"{half}/middle/attention", f"{root}.{names.attention}", names)
     yield from _norm(f"{half}/norm_out", f"{root}.{names.norm_out}")
     yield from layer(f"{half}/conv_out", f"{root}.conv_out", transform=conv)
 
@@ -114,15 +133,30 @@ def _convert(
         shape_of(tensors, root + names.down.format(i=i, j=0) + ".conv1.weight", 4)[0]
         for i in range(max(levels, 1))
     )
-    channels = shape_of(tensors, f"{names.prefix}quant_conv.weight", 4)[0] // 2
+    outputs = shape_of(tensors, f"{names.prefix}quant_conv.weight", 4)[0]
+    table = f"{names.prefix}{CODEBOOK}"
+    codebook = shape_of(tensors, table, 2)[0] if table in tensors else 0
+    channels = outputs if codebook else outputs // 2
+    norm = names.projections[0]
+    attention = tuple(
+        i
+        for i in range(levels)
+        if f"{root}{names.down_attention.format(i=i, j=0)}.{norm}.weight" in tensors
+    )
+
+    def blocks_of(kind: str, half: str) -> list[str]:
+        return [f"{'Attn' * (i in attention)}{kind}{half}Block2D" for i in range(levels)]
+
+    vq = {"num_vq_embeddings": codebook, "vq_embed_dim": (None, channels),
+          "lookup_from_codebook": False, "norm_type": "group"} if codebook else {}  # fmt: skip
     colours = shape_of(tensors, f"{root}conv_in.weight", 4)[1]
     check_config(
         config,
         {
-            "_class_name": "AutoencoderKL",
+            "_class_name": "VQModel" if codebook else "AutoencoderKL",
             "act_fn": "silu",
             "block_out_channels": list(widths),
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "down_block_types": blocks_of("Down", "Encoder"),
             "in_channels": colours,
             "latent_channels": channels,
             "latents_mean": None,
@@ -131,13 +165,15 @@ def _convert(
             "mid_block_add_attention": True,
             "out_channels": colours,
             "shift_factor": None,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "up_block_types": blocks_of("Up", "Decoder")[::-1],
             "use_post_quant_conv": True,
             "use_quant_conv": True,
+            **vq,
         },
         {"sample_size": SIDE, "norm_num_groups": max(widths)},
     )
-    side, scale = config.get("sample_size", 256), config.get("scaling_factor", SCALING_FACTOR)
+    usual = 1.0 if codebook and not config else SCALING_FACTOR
+    side, scale = config.get("sample_size", 256), config.get("scaling_factor", usual)
     if side % 2 ** (len(widths) - 1):
         raise CheckpointError(
             f"config.json: sample_size is {side}, expected a multiple of {2 ** (len(widths) - 1)}"
@@ -152,11 +188,19 @@ def _convert(
             "layers": layers,
             "latent_channels": channels,
             "groups": config.get("norm_num_groups", 32),
-        },
+        }
+        | ({"attention": list(attention)} if attention else {})
+        | ({"codebook": codebook} if codebook else {}),
         image_shape=(side, side, colours),
         scaling_factor=float(scale),
     )
-    rules = [rule for half in ("encoder", "decoder") for rule in _half(half, names, widths, layers)]
+    rules = [
+        rule
+        for half in ("encoder", "decoder")
+        for rule in _half(half, names, widths, layers, attention)
+    ]
+    if codebook:
+        rules.append(Rule("quantize/vectors", (table,), same))
     rules += [*layer("quant", f"{names.prefix}quant_conv"),
               *layer("post_quant", f"{names.prefix}post_quant_conv")]  # fmt: skip
     return Conversion(card, rules, ignored)
@@ -165,10 +209,12 @@ def _convert(
 def diffusers(
     family: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], heads: int | None
 ) -> Conversion:
-    """The conversion of diffusers' ``AutoencoderKL``, with or without its ``config.json``."""
+    """The conversion of diffusers' ``AutoencoderKL``, with or without its ``config.json``, and of
+    its ``VQModel``, which needs it."""
     older = f"encoder.{OLDER.attention}.query.weight" in tensors
     conversion = _convert(OLDER if older else DIFFUSERS, tensors, config, ())
-    if not config and conversion.card.config["widths"] != STABLE_DIFFUSION:
+    ours = conversion.card.config
+    if not config and (ours["widths"] != STABLE_DIFFUSION or "codebook" in ours):
         raise CheckpointError(
             "config.json is missing beside the weights, and says how many groups the norms have; "
             "give the folder that holds both"
@@ -184,7 +230,7 @@ def compvis(
     The rest of the checkpoint, the discriminator and a second, averaged copy are left out.
     """
     prefix = WITHIN if any(name.startswith(WITHIN) for name in tensors) else ""
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
     ours = tuple(prefix + part for part in parts)
     # Within a whole checkpoint everything else is; of a lone autoencoder only what is known.
     others = ("",) if prefix else ("loss.", "model_ema.")

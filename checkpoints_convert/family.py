@@ -19,12 +19,15 @@ class Conversion(NamedTuple):
         rules: One for each parameter.
         ignored: Names of the tensors that are left out on purpose.
         check: Raises CheckpointError if what is left out is not what it should be.
+        lora_names: Of a network that LoRA files are made for: the name in diffusers of each weight
+            that one may change, and its name in the checkpoint.
     """
 
     card: BaseCard
     rules: list[Rule]
     ignored: tuple[str, ...] = ()
     check: Callable[[], None] = lambda: None
+    lora_names: Mapping[str, str] = {}
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
@@ -37,12 +40,18 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, 
     return shape
 
 
+SCHEDULER = "scheduler"
+"""Where a configuration keeps that of the pipeline's scheduler, which no network's own has."""
+
 SIDE = 4096
 """The largest side of an image or of latents that a configuration may ask for."""
 
 
 def check_config(
-    config: Mapping[str, Any], expected: Mapping[str, Any], whole: Mapping[str, int] | None = None
+    config: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    whole: Mapping[str, int] | None = None,
+    file: str = "config.json",
 ) -> None:
     """Compares what a ``config.json`` says with what it must say; what it leaves out is fine.
 
@@ -50,6 +59,7 @@ def check_config(
         config: Its fields.
         expected: Their values, or tuples of the values allowed.
         whole: Fields that must be whole numbers from 1 to the given one.
+        file: What errors call it.
 
     Raises:
         CheckpointError: Lists every field that differs.
@@ -64,7 +74,7 @@ def check_config(
         if key in config and not (type(config[key]) is int and 1 <= config[key] <= most):
             wrong.append(f"{key} is {config[key]!r:.60}, expected a whole number up to {most}")
     if wrong:
-        raise CheckpointError(f"config.json: {'; '.join(wrong)}")
+        raise CheckpointError(f"{file}: {'; '.join(wrong)}")
 
 
 def count(tensors: Mapping[str, Tensor], pattern: str) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from checkpoints_convert import torch_zip
 from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.family import SCHEDULER
 from checkpoints_convert.rules import Tensor
 
 WEIGHTS = (
@@ -23,8 +24,14 @@ WEIGHTS = (
     "diffusion_pytorch_model.bin.index.json",
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.fp16.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.fp16.safetensors",
+    "pytorch_model.fp16.bin",
 )
-"""The weights of a diffusers folder, first found first taken."""
+"""The weights of a folder of diffusers or transformers, first found first taken."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
@@ -37,7 +44,8 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         tensors: By name.
-        config: What the ``config.json`` beside the weights says; empty without one.
+        config: What the ``config.json`` beside the weights says; empty without one. Where the
+            network lies in a pipeline's folder, also that of its scheduler (``SCHEDULER``).
         files: The files read.
     """
 
@@ -46,7 +54,8 @@ class Checkpoint(NamedTuple):
     files: tuple[Path, ...]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; raises CheckpointError if it holds none."""
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -121,6 +130,17 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     }
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a ``.safetensors`` file, which was read, says beside its tensors; empty of another."""
+    from safetensors import safe_open
+
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            return {}
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}
+
+
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32",
@@ -129,7 +149,7 @@ _DTYPES = {
 
 
 def _sharded(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
-    where = _read_json(path).get("weight_map")
+    where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not all(type(v) is str for v in where.values()):
         raise CheckpointError(
             f"{path} has no weight_map, which says the file of each tensor; give the folder, the "
@@ -166,7 +186,8 @@ def read(source: Path) -> Checkpoint:
 
     Args:
         source: A torch file (``.pt``, ``.pth``, ``.ckpt``, ``.bin``), a ``.safetensors`` file, an
-            index of several (``*.index.json``), or the folder of a diffusers network.
+            index of several (``*.index.json``), or the folder of a network of diffusers or
+            transformers.
 
     Raises:
         CheckpointError: If it is none of these, damaged, or holds more than data.
@@ -199,11 +220,14 @@ def read(source: Path) -> Checkpoint:
     # What wrappers of modules put before their names, in any order.
     while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in tensors)), ""):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    # A config.json belongs to the weights of a diffusers folder, not to any file beside it.
+    # A config.json belongs to the weights of such a folder, not to any file beside it.
     config_file = weights.parent / "config.json"
     config: dict[str, Any] = {}
-    if weights.name.startswith("diffusion_pytorch_model") and config_file.is_file():
-        config, files = _read_json(config_file), (config_file, *files)
+    if weights.name in WEIGHTS and config_file.is_file():
+        config, files = read_json(config_file), (config_file, *files)
+        scheduler = weights.parent.parent / SCHEDULER / "scheduler_config.json"
+        if weights.parent.name == "unet" and scheduler.is_file():
+            config[SCHEDULER], files = read_json(scheduler), (*files, scheduler)
     return Checkpoint(tensors, config, files)
 
 

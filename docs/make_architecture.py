@@ -29,7 +29,7 @@ GROUPS = {
     "networks, files": (
         "#dcf5e3",
         "#4ba36a",
-        "networks checkpoint checkpoints_convert hub files training",
+        "networks tokenizer checkpoint checkpoints_convert hub files training",
     ),
     "devices, hosts, many images": (
         "#fff1cf",
@@ -37,7 +37,7 @@ GROUPS = {
         "parallel shards hosts generation exporting",
     ),
     "measuring": ("#f5defa", "#a765bd", "evaluation costs calibration sweep records charts"),
-    "ways in": ("#ffe0d6", "#d9744f", "pipeline checks pictures __init__ cli"),
+    "ways in": ("#ffe0d6", "#d9744f", "pipeline checks conditioning pictures __init__ cli"),
 }
 NAMES = {"__init__": "tstitch_jax", "cli": "tstitch, cli/"}
 

@@ -16,6 +16,7 @@ RANKS = {
     "types": 0,
     "schedules": 1,
     "networks": 1,
+    "tokenizer": 1,
     "pictures": 1,
     "charts": 1,
     "files": 0,
@@ -33,6 +34,7 @@ RANKS = {
     "checkpoints_convert": 4,
     "checks": 4,
     "parallel": 5,
+    "conditioning": 5,
     "hub": 6,
     "training": 7,
     "pipeline": 6,
@@ -116,7 +118,8 @@ def test_one_scan_and_one_place_that_branches():
 def test_import_is_light():
     code = (
         "import sys, tstitch_jax; heavy = {'torch', 'tensorflow', 'orbax', 'matplotlib', 'optax', "
-        "'tensorflow_datasets', 'PIL', 'safetensors', 'huggingface_hub', 'checkpoints_convert'}; "
+        "'tensorflow_datasets', 'PIL', 'safetensors', 'huggingface_hub', 'tokenizers', "
+        "'checkpoints_convert'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

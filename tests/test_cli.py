@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -12,10 +13,11 @@ from pathlib import Path
 import jaxtyping
 import numpy as np
 import pytest
-from helpers import tiny_network
+from helpers import GOLDEN, random_params, tiny_network
 from PIL import Image
 
 import tstitch_jax as ts
+from checkpoints_convert import convert
 from tstitch_jax import checkpoint, cli, hub, pictures
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +99,10 @@ def test_convert_and_sample(tmp_path, capsys, monkeypatch):
             "whole number, at least 1, got '0'",
         ),
         ([PUBLISHED / "small.pt", "net", "--num-heads", "x"], "must be a whole number, .* got 'x'"),
-        ([PUBLISHED / "small.pt", "net", "--family", "unet"], "unknown family 'unet'"),
+        (
+            [PUBLISHED / "small.pt", "net", "--family", "unit"],
+            "unknown family 'unit'; did you mean 'unet'",
+        ),
         ([PUBLISHED / "small.pt", "."], "is not a network folder; choose another place"),
         ([PUBLISHED / "expected.npz", "net"], "compressed record|0 data.pkl"),
     ],
@@ -319,7 +324,7 @@ def test_bad_train(capsys, tmp_path, monkeypatch, text, arguments, message):
     assert err.count("\n") == 1
 
 
-LINES = {"sample": 26, "export": 27, "calibrate": 29, "generate": 35}
+LINES = {"sample": 34, "export": 33, "calibrate": 34, "generate": 41}
 """Of the help of commands with many options; all others fit a screen of 24."""
 
 
@@ -431,3 +436,65 @@ def test_grid_places_every_image():
 def test_to_uint8():
     values = np.array([-2, -1, 0, 1, 3, 0.5])
     np.testing.assert_array_equal(pictures.to_uint8(values), [0, 0, 128, 255, 255, 191])
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A pair that is conditioned on texts, and the text encoder of the goldens with its width."""
+    root = tmp_path_factory.mktemp("texts")
+    convert(GOLDEN / "clip_tiny" / "text_encoder", root / "words")
+    width = checkpoint.read_card(root / "words").config["width"]
+    for seed, name in enumerate(("a", "b")):
+        card = ts.Card(
+            name=name, architecture="unet", target="eps", learned_variance=False,
+            config={"widths": [4, 8], "layers": 1, "heads": [0, 2], "middle_heads": 0, "groups": 4},
+            schedule={"name": "scaled_linear"}, image_shape=(16, 16, 3), num_classes=0,
+            context=(77, width), text_encoder=str(root / "words"),
+        )  # fmt: skip
+        ts.save(root / name, ts.make_network(card, random_params(card, seed)))
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+def test_prompts(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.sampling, "REPEATS", 1)
+    monkeypatch.setattr(ts, "load", functools.cache(ts.load))
+    pair = ["--networks", texts["a"], texts["b"], "--fractions", "0.3", "0.7", "--steps", "3"]
+    status, out, err = run(
+        capsys, "sample", *pair, "--prompt", "a cat", "two dogs", "--prompt", "x", "--negative",
+        "blurred", "--size", "12", "20",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "a x 1, b x 2" in out
+    with Image.open("samples.png") as picture:
+        assert picture.size[0] > 3 * 20
+        picture.convert("L").save("start.png")
+    status, _, err = run(
+        capsys, "sample", *pair, "--prompt", "a cat", "--start", "start.png", "--strength", "0.7"
+    )
+    assert status == 0, err
+    Path("texts.txt").write_text("a cat\n\n  two dogs\n")
+    status, _, err = run(
+        capsys, "generate", *pair, "--prompts", "texts.txt", "--num", 3, "--batch", 2, "--out", "o"
+    )
+    assert status == 0, err
+    with np.load("o/samples.npz") as stored:
+        assert stored["arr_0"].shape == (3, 16, 16, 3)
+        assert stored["arr_1"].tolist() == [0, 1, 0]
+    assert json.loads(Path("o/settings.json").read_text())["prompts"] == ["a cat", "two dogs"]
+    for arguments, message in (
+        ([], "a is conditioned on texts; give --prompt TEXT"),
+        (["--labels", "1"], "a has no classes; give --prompt, not --labels"),
+        (["--prompt", "x", "--prompts", "texts.txt"], "--prompt or --prompts, not both"),
+        (["--prompts", "none.txt"], "cannot read the texts none.txt"),
+        (["--prompt", "x", "--size", "12", "21"], "multiples of 2 for a, got 12x21"),
+        (["--prompt", "x", "--text-encoder", texts["a"]], "needs|takes texts as a text encoder"),
+        (["--prompt", "x", "--start", "texts.txt", "--strength", "1"], "cannot read the image"),
+        (["--prompt", "x", "--strength", "1"], "start and strength go together"),
+    ):
+        status, _, err = run(capsys, "sample", *pair, *arguments)
+        assert status == 2
+        assert re.search(message, err), err
+    status, _, err = run(capsys, "sample", "--prompt", "a cat")
+    assert status == 2
+    assert "fashion-s is conditioned on classes; give --labels, not texts" in err

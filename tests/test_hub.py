@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,8 +21,17 @@ from helpers import GOLDEN, tiny_network
 
 import tstitch_jax as ts
 from tstitch_jax import hub
-from tstitch_jax.networks import SIZES, count_macs, count_params, dit, inception, param_shapes
-from tstitch_jax.networks.autoencoder import KLAutoencoder
+from tstitch_jax.networks import (
+    SIZES,
+    clip,
+    count_macs,
+    count_params,
+    dit,
+    inception,
+    param_shapes,
+    unet,
+)
+from tstitch_jax.networks.autoencoder import LatentAutoencoder
 
 BODY = np.random.default_rng(0).bytes(3 * 2**20 + 12345)
 HALF = 2**20 + 2**19
@@ -354,7 +364,7 @@ def test_fetch_converts_once(server, net, cache, conversions):
     out = cache / "networks" / "net"
     entry = hub.PUBLIC["net"]
     arguments = {"family": "dit", "name": "net", "source_name": entry.source}
-    arguments |= {"license": "CC-BY-NC-4.0", "data": "ImageNet 256"}
+    arguments |= {"text_encoder": "", "license": "CC-BY-NC-4.0", "data": "ImageNet 256"}
     assert conversions == [(net, out, arguments)]
     assert server.seen == [None]
     assert not net.exists()
@@ -387,7 +397,7 @@ def test_find_in_order(server, net, conversions, cache, monkeypatch):
     [
         ("fashion-x", "unknown network 'fashion-x'; did you mean 'fashion-xl'"),
         ("dit-xl-256", "unknown network 'dit-xl-256'; did you mean 'dit-xl-2-256'"),
-        ("runs/nothing", "no network folder at runs/nothing"),
+        ("./runs/nothing", "no network folder at ./runs/nothing"),
     ],
 )
 def test_unknown_names(name, message):
@@ -411,13 +421,34 @@ def test_cache_folder(monkeypatch):
     assert hub.cache_folder() == Path.home() / ".cache" / "tstitch_jax"
 
 
+def clip_of(name):
+    """Radford et al. 2021, table 20; 64 features a head."""
+    patch = int(name.rsplit("patch")[1])
+    widths, depth, features = {32: ((512, 768), 12, 512), 14: ((768, 1024), 24, 768)}[patch]
+    text, image = (
+        dict(width=w, depth=d, num_heads=w // 64, mlp_width=4 * w)
+        for w, d in zip(widths, (12, depth), strict=True)
+    )
+    text["vocabulary"], image["patch"] = 49408, patch
+    return clip.CLIP(text, image, features, (224, 224, 3))
+
+
 @pytest.mark.parametrize("name", hub.PUBLIC)
 def test_the_table_says_what_the_networks_are(name):
     entry = hub.PUBLIC[name]
     if entry.family == "autoencoder":
-        module = KLAutoencoder((128, 256, 512, 512), 2, 4, entry.image_shape)
+        module = LatentAutoencoder((128, 256, 512, 512), 2, 4, entry.image_shape)
     elif entry.family == "inception":
         module = inception.Inception(entry.num_classes, entry.image_shape)
+    elif entry.family == "clip":
+        module = clip_of(name)
+    elif entry.family == "unet":
+        of = {"sd-1-4": "sd-1", "sd-1-5": "sd-1"}.get(name, name)
+        text = entry.image_shape == (64, 64, 4)
+        more = dict(context=(77, 768)) if text else dict(num_classes=entry.num_classes)
+        module = unet.UNet(**unet.SIZES[of], image_shape=entry.image_shape, **more)
+    elif entry.family == "text_encoder":
+        module = clip.TextTower(49408, 768, 12, 12, 3072)
     else:
         module = dit.DiT(
             **SIZES["dit-" + "-".join(name.split("-")[1:3])],
@@ -454,4 +485,56 @@ def test_every_entry_has_one_place():
         assert bool(entry.url) != bool(entry.repo)
         assert entry.license
         assert entry.repo or len(entry.files) == 1
+        assert bool(entry.files) != bool(entry.part)
         assert name == name.lower()
+
+
+class Repository:
+    """Stands in for the hub: a folder, and what was asked of it."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.asked = folder, []
+        monkeypatch.setattr("huggingface_hub.list_repo_files", self.list)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.download)
+
+    def list(self, repo):
+        files = [p for p in self.folder.rglob("*") if p.is_file()]
+        return [str(p.relative_to(self.folder)) for p in files]
+
+    def download(self, repo, file):
+        self.asked.append((repo, file))
+        return str(self.folder / file)
+
+
+def test_a_pipeline_of_the_hub(cache, tmp_path, monkeypatch):
+    """By the name of its repository; its weights are .bin, its scheduler is beside them."""
+    given = json.loads((GOLDEN / "unet" / "names.json").read_text())["bk"]["config"]
+    for part in ("unet", "scheduler", "text_encoder"):
+        (tmp_path / "repo" / part).mkdir(parents=True)
+    (tmp_path / "repo" / "unet" / "config.json").write_text(json.dumps(given))
+    weights = tmp_path / "repo" / "unet" / "diffusion_pytorch_model.bin"
+    shutil.copy(GOLDEN / "unet" / "bk.bin", weights)
+    scheduler = tmp_path / "repo" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({"prediction_type": "v_prediction"}))
+    hub_ = Repository(tmp_path / "repo", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    network = ts.load("someone/anime-style")
+    files = ["unet/config.json", "unet/diffusion_pytorch_model.bin",
+             "scheduler/scheduler_config.json"]  # fmt: skip
+    assert hub_.asked == [("someone/anime-style", file) for file in files]
+    card = network.card
+    assert (card.name, card.target) == ("someone/anime-style", "v")
+    assert card.text_encoder == "someone/anime-style/text_encoder"
+    assert card.source == "huggingface.co/someone/anime-style"
+    assert card.license == "see huggingface.co/someone/anime-style"
+    hub_.asked.clear()
+    assert ts.load("someone/anime-style").card == card
+    assert not hub_.asked
+    # A known one has the usual text encoder.
+    assert ts.load("bk-sdm-tiny").card.text_encoder == ""  # of contexts of another width
+    assert hub_.asked[0] == ("nota-ai/bk-sdm-tiny", "unet/config.json")
+    with pytest.raises(ValueError, match=r"no folder someone/x/vae, and .* has no weights in vae"):
+        ts.load("someone/x/vae")
+    (tmp_path / "someone").mkdir()
+    with pytest.raises(ValueError, match="no network folder at someone/anime"):
+        hub.find("someone/anime")

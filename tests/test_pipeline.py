@@ -338,7 +338,7 @@ BAD = [
     (dict(cfg_scale=float("nan")), "cfg_scale must be a finite number or None, got nan"),
     (dict(cfg_channels=5), "cfg_channels must be 1 to 4, .* got 5"),
     (dict(cfg_channels=0), "cfg_channels must be 1 to 4, .* got 0"),
-    (dict(noise=np.zeros((3, 8, 8, 4))), r"noise must be \(2, 8, 8, 4\), one per label"),
+    (dict(noise=np.zeros((3, 8, 8, 4))), r"noise must be \(2, 8, 8, 4\), one an image"),
     (
         dict(decode=True, networks="latents"),
         r"latents of 4 channels, not images; give autoencoder=ts.load\('sd-vae-ft-ema'\), or",
@@ -365,7 +365,7 @@ BAD = [
     (dict(callback=5), "callback must be a function of a step, got 5"),
     (dict(solver=["ddim"]), "unknown solver .'ddim'."),
     (dict(noise=np.full((2, 8, 8, 4), np.nan)), "noise holds numbers that are not finite"),
-    (dict(noise="much"), r"noise must be an array of numbers \(2, 8, 8, 4\), one per label"),
+    (dict(noise="much"), r"noise must be an array of numbers \(2, 8, 8, 4\), one an image"),
     (dict(cfg_interval="12"), "cfg_interval must be two noise levels, low and high, got '12'"),
     (dict(cfg_rescale=0.5, cfg_scale=None), "cfg_rescale rescales guidance, but cfg_scale None"),
     (dict(cfg_scale=True), "cfg_scale must be a number or None, got True"),

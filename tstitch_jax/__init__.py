@@ -5,6 +5,7 @@ from tstitch_jax.checkpoint import (
     make_autoencoder,
     make_feature_network,
     make_network,
+    make_text_encoder,
     save,
 )
 from tstitch_jax.evaluation import Evaluation, evaluate
@@ -56,6 +57,9 @@ from tstitch_jax.types import (
     Prediction,
     Schedule,
     Solver,
+    TextEncoder,
+    TextEncoderCard,
+    Tokenizer,
 )
 
 __version__ = "0.6.0"
@@ -82,6 +86,9 @@ __all__ = [
     "Solver",
     "Step",
     "SweepConfig",
+    "TextEncoder",
+    "TextEncoderCard",
+    "Tokenizer",
     "as_denoiser",
     "at_equal_snr",
     "autoguide",
@@ -112,6 +119,7 @@ __all__ = [
     "make_network",
     "make_schedule",
     "make_solver",
+    "make_text_encoder",
     "match_snr",
     "pndm",
     "respace",

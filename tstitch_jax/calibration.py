@@ -49,6 +49,7 @@ _STATES = 2000
 _LINEAR = "a linear filter"
 
 _OPTIONS = (
+    "context", "prompts", "negative", "text_encoder", "size",
     "steps", "spacing", "solver", "eta", "cfg_scale", "cfg_channels", "cfg_rescale",
     "cfg_interval", "auto_scale",
 )  # fmt: skip
@@ -260,7 +261,7 @@ def _measure(inputs: pipeline.Inputs, *, static: tuple[tuple[str, Any], ...]) ->
         for k in range(count - 1):
             # All steps to network k, with its guidance.
             alone = given._replace(plan=Plan(jnp.full(steps, k, jnp.int32), count))
-            other = denoiser(alone, x, knot, inputs.labels)
+            other = denoiser(alone, x, knot, inputs.conditions)
             difference = other.x0 - x0
             lengths = over_images(jnp.square(other.eps)), over_images(jnp.square(eps))
             error = after.alpha * difference + after.sigma * (other.eps - eps)
@@ -438,22 +439,36 @@ def _check_goal(tolerance: Any, budget: Any) -> tuple[float, float | None]:
     return tolerance, budget
 
 
-def _labels(networks: Sequence[Network], labels: Any, conditions: int) -> Any:
-    """A class for each condition, those given in turn, or classes spread over all of them."""
-    if not isinstance(conditions, int | np.integer) or conditions < 4:
-        raise ValueError(f"conditions must be a whole number of at least 4, got {conditions!r:.80}")
-    if labels is None:
-        classes = max(1, networks[-1].card.num_classes)
-        labels = list(range(classes))
-    every = list(labels) if is_list(labels) and len(labels) and is_list(labels[0]) else [labels]
+def _in_turn(conditions: int, value: Any) -> Any:
+    """As many as there are conditions: those given in turn, or spread over them if they are more.
+
+    Of a list of lists each; what is no list, or empty, as it is, for others to refuse.
+    """
+    every = list(value) if is_list(value) and len(value) and is_list(value[0]) else [value]
     lengths = {len(own) if is_list(own) else 0 for own in every}
     if len(lengths) > 1 or 0 in lengths:
-        return labels  # which check_labels refuses
+        return value
     count = lengths.pop()
-    # In turn, or spread over them if there are more.
     turns = np.arange(conditions) * max(count, conditions) // conditions % count
     spread = [[own[k] for k in turns] for own in every]
-    return spread if is_list(labels[0]) else spread[0]
+    return spread if is_list(value[0]) else spread[0]
+
+
+def _conditioned(
+    networks: Sequence[Network], labels: Any, conditions: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Labels and prompts, one for each condition."""
+    if not isinstance(conditions, int | np.integer) or conditions < 4:
+        raise ValueError(f"conditions must be a whole number of at least 4, got {conditions!r:.80}")
+    classes = [network.card.num_classes for network in networks if network.card.context is None]
+    if labels is None and classes:
+        labels = list(range(classes[-1]))
+    found: dict[str, Any] = {}
+    if labels is not None:
+        found["labels"] = _in_turn(conditions, labels)
+    if options.get("prompts") is not None:
+        found["prompts"] = _in_turn(conditions, options["prompts"])
+    return found
 
 
 def calibrate(
@@ -485,11 +500,13 @@ def calibrate(
         free: Whether an earlier network may come back after a later one; else each switch is final.
         labels: Class labels that the conditions take in turn (or a list for each network); spread
             over all classes unless given.
-        conditions: How many trajectories, at least 4.
+        conditions: How many trajectories, at least 4; with a context, as many as it has.
         costs: ``"seconds"``, as measured here, or ``"macs"``, multiply-adds as the cards say.
-        options: Of ``sample``: ``steps``, ``spacing``, ``solver``, ``eta``, ``cfg_scale``,
-            ``cfg_channels``, ``cfg_rescale``, ``cfg_interval``, ``auto_scale``. Errors are carried
-            on as deterministic first-order steps would, whatever the solver.
+        options: Of ``sample``: ``prompts`` (which the conditions take in turn), ``context``,
+            ``negative``, ``text_encoder``, ``size`` (of what is denoised), ``steps``, ``spacing``,
+            ``solver``, ``eta``, ``cfg_scale``, ``cfg_channels``, ``cfg_rescale``,
+            ``cfg_interval``, ``auto_scale``. Errors are carried on as deterministic first-order
+            steps would, whatever the solver.
 
     Returns:
         A ``Calibration``; its ``plan`` goes to ``sample`` and ``generate``.
@@ -512,10 +529,13 @@ def calibrate(
     if costs == "macs" and any(network.card.macs <= 0 for network in networks):
         raise ValueError("a card says nothing of multiply-adds; take costs='seconds'")
     alone = [0.0] * (len(networks) - 1) + [1.0]
+    asked = options | _conditioned(networks, labels, conditions, options)
     request = pipeline.prepare(
-        key, networks, labels=_labels(networks, labels, conditions), fractions=alone,
-        decode=False, return_trajectory=True, return_predictions=True, **options,
+        key, networks, fractions=alone, decode=False, return_trajectory=True,
+        return_predictions=True, **asked,
     )  # fmt: skip
+    if request.batch < 4:
+        raise ValueError(f"give a context for at least 4 conditions, got {request.batch}")
     steps, count = request.plan.steps, len(networks)
     method = request.static["solver"]
     solver = method.name if isinstance(method, Solver) else method
@@ -524,7 +544,7 @@ def calibrate(
     if costs == "macs":
         per_pass = [float(network.card.macs) for network in networks]
     else:
-        per_pass = pass_seconds(networks, request.batch)
+        per_pass = pass_seconds(networks, request.batch, request.static["shape"])
     spent = passes(request) @ np.asarray(per_pass)
     quickest = float(spent[-1].sum() / spent.min(axis=0).sum())
     if budget is not None and budget > quickest:
@@ -559,7 +579,7 @@ def calibrate(
             raise _TooQuick(budget, networks[-1].card.name, front[0].speedup)
         chosen = quick[-1]
     goal = {"tolerance": tolerance} if budget is None else {"budget": budget}
-    given = {name: _plain(value) for name, value in options.items()}
+    given = {k: _plain(v) for k, v in options.items() if k not in ("context", "text_encoder")}
     return Calibration(
         chosen=chosen,
         front=front,
@@ -573,7 +593,6 @@ def calibrate(
         warnings=tuple(_warnings(networks, found, allowed, spent, solver)),
         settings={
             **goal, "free": free, "conditions": request.batch, "costs": costs,
-            "labels": [own.tolist() for own in map(np.asarray, request.inputs.labels)],
             "times": np.asarray(request.inputs.knots.time, np.float64).tolist(),
             **given, "steps": steps, "solver": solver,
         },

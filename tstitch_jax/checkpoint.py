@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,11 +39,13 @@ from tstitch_jax.networks import (
 from tstitch_jax.networks.autoencoder import at_once
 from tstitch_jax.prediction import as_denoiser, check_target, in_chunks
 from tstitch_jax.schedules import make_schedule, unknown
+from tstitch_jax.tokenizer import make_tokenizer, read_tokenizer
 from tstitch_jax.types import (
     Autoencoder,
     AutoencoderCard,
     BaseCard,
     Card,
+    Cond,
     Denoiser,
     FeatureCard,
     FeatureNetwork,
@@ -51,6 +53,9 @@ from tstitch_jax.types import (
     Network,
     Params,
     Schedule,
+    TextEncoder,
+    TextEncoderCard,
+    Tokenizer,
 )
 
 C = TypeVar("C", bound=BaseCard)
@@ -82,17 +87,19 @@ def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
     """
     if card.architecture not in ARCHITECTURES:
         raise unknown("architecture", card.architecture, ARCHITECTURES)
+    more: dict[str, Any] = {}
     if isinstance(card, Card):
         more = dict(num_classes=card.num_classes, learned_variance=card.learned_variance)
-    elif isinstance(card, FeatureCard):
+        if card.context is not None:
+            more["context"] = tuple(card.context)
+    elif isinstance(card, FeatureCard) and card.num_classes:
         more = dict(num_classes=card.num_classes)
-    else:
-        more = {}
+    if isinstance(card, (Card, AutoencoderCard, FeatureCard)):
+        more["image_shape"] = tuple(card.image_shape)
     try:
         return ARCHITECTURES[card.architecture](
             **{k: tuple(v) if isinstance(v, list) else v for k, v in card.config.items()},
             **more,
-            image_shape=tuple(card.image_shape),
             dtype=dtype,
         )
     except TypeError as error:
@@ -102,15 +109,23 @@ def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
 @functools.cache
 def _denoiser(module: nn.Module, target: str, learned_variance: bool) -> Denoiser:
     # Cached, so that loading a network twice gives the same function, which jit knows again.
-    def apply(params: Params, x: jax.Array, time: jax.Array, labels: jax.Array) -> jax.Array:
-        return module.apply({"params": params}, x, time, labels)  # pyright: ignore
+    def apply(params: Params, x: jax.Array, time: jax.Array, cond: Cond) -> jax.Array:
+        return module.apply({"params": params}, x, time, cond)  # pyright: ignore
 
     return as_denoiser(apply, target, learned_variance)
 
 
 def check_classes(card: Card | FeatureCard) -> None:
-    """Raises ValueError if the card's classes and their names do not fit."""
-    if card.num_classes < 1:
+    """Raises ValueError if the card's classes and their names, or its context, do not fit."""
+    context = card.context if isinstance(card, Card) else None
+    if context is not None:
+        whole = len(context) == 2 and all(type(n) is int and n > 0 for n in context)
+        if card.num_classes or not whole:
+            raise ValueError(
+                "a context is a length and a width above 0, without classes, got "
+                f"{context} and {card.num_classes} classes"
+            )
+    elif card.num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {card.num_classes}")
     if len(card.class_names) not in (0, card.num_classes):
         raise ValueError(f"{len(card.class_names)} names for {card.num_classes} classes")
@@ -193,7 +208,8 @@ def _network(card: Card, params: Params, dtype: Any) -> Network:
     schedule = check_card(card)
     module, params, card = _fit(card, params, dtype)
     denoiser = _denoiser(module, card.target, card.learned_variance)
-    return Network(denoiser, params, card, schedule, getattr(module, "rows", None))
+    more = (getattr(module, name, None) for name in ("rows", "multiple"))
+    return Network(denoiser, params, card, schedule, *more)
 
 
 def _autoencoder(card: AutoencoderCard, params: Params, dtype: Any) -> Autoencoder:
@@ -218,6 +234,72 @@ def _feature_network(card: FeatureCard, params: Params, dtype: Any) -> FeatureNe
     check_classes(card)
     module, params, card = _fit(card, params, dtype)
     return FeatureNetwork(_extractor(module), params, card, str(jnp.dtype(dtype)))
+
+
+TOKENIZER = "tokenizer"
+"""Where a network folder keeps the files of its tokenizer."""
+
+
+def fit_tokenizer(files: Mapping[str, bytes], module: Any) -> tuple[Tokenizer, str]:
+    """The tokenizer of a module that takes texts, and the checksum of its files.
+
+    Raises:
+        ValueError: If it is damaged, or of another vocabulary.
+    """
+    tokenizer = make_tokenizer(files, module.tokens)
+    if tokenizer.size != module.vocabulary:
+        raise ValueError(
+            f"the tokenizer knows {tokenizer.size} tokens, the network {module.vocabulary}; give "
+            "the tokenizer that it was trained with"
+        )
+    lines = (f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files))
+    return tokenizer, hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@functools.cache
+def _encoder(module: nn.Module, method: str) -> Callable[[Params, jax.Array], jax.Array]:
+    # Cached as denoisers are.
+    def encode(params: Params, ids: jax.Array) -> jax.Array:
+        ids = jnp.asarray(ids, jnp.int32)
+        return module.apply({"params": params}, ids, method=method)  # pyright: ignore
+
+    return encode
+
+
+def _text_encoder(
+    card: TextEncoderCard, params: Params, dtype: Any, files: Mapping[str, bytes] | None = None
+) -> TextEncoder:
+    module, params, card = _fit(card, params, dtype)
+    tokenizer, digest = (None, "") if files is None else fit_tokenizer(files, module)
+    card = dataclasses.replace(card, tokenizer_checksum=digest)
+    encode = _encoder(module, "__call__")
+    return TextEncoder(encode, params, card, module.tokens, module.width, tokenizer)
+
+
+@functools.cache
+def _looker(module: nn.Module) -> Callable[[Params, jax.Array], Features]:
+    def extract(params: Params, pixels: jax.Array) -> Features:
+        pixels = jnp.asarray(pixels, jnp.float32)
+        return Features(
+            module.apply({"params": params}, pixels, method="images")  # pyright: ignore
+        )
+
+    return extract
+
+
+def _clip(
+    card: FeatureCard, params: Params, dtype: Any, files: Mapping[str, bytes] | None = None
+) -> FeatureNetwork:
+    module, params, card = _fit(card, params, dtype)
+    tokenizer, digest = (None, "") if files is None else fit_tokenizer(files, module)
+    return FeatureNetwork(
+        _looker(module),
+        params,
+        dataclasses.replace(card, tokenizer_checksum=digest),
+        str(jnp.dtype(dtype)),
+        _encoder(module, "texts"),
+        tokenizer,
+    )
 
 
 def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Network:
@@ -285,10 +367,39 @@ def make_autoencoder(
 
 
 def make_feature_network(
-    card: FeatureCard, params: Params, dtype: Any = jnp.float32
+    card: FeatureCard,
+    params: Params,
+    dtype: Any = jnp.float32,
+    *,
+    tokenizer: Mapping[str, bytes] | None = None,
 ) -> FeatureNetwork:
-    """A feature network of its card and parameters, as ``make_network`` makes a network."""
+    """A feature network of its card and parameters, as ``make_network`` makes a network.
+
+    One that knows texts may be given the files of its tokenizer, as ``make_text_encoder`` is.
+    """
+    if card.architecture == "clip":
+        return _clip(card, _on_device(params), dtype, tokenizer)
     return _feature_network(card, _on_device(params), dtype)
+
+
+def make_text_encoder(
+    card: TextEncoderCard,
+    params: Params,
+    dtype: Any = jnp.float32,
+    *,
+    tokenizer: Mapping[str, bytes] | None = None,
+) -> TextEncoder:
+    """A text encoder of its card and parameters, as ``make_network`` makes a network.
+
+    Args:
+        card, params, dtype: As of ``make_network``.
+        tokenizer: The files of its tokenizer by name, as another encoder's ``tokenizer.files`` has
+            them; None where ``encode`` is given ids from elsewhere.
+
+    Raises:
+        ValueError: Also if the tokenizer is damaged or of another vocabulary.
+    """
+    return _text_encoder(card, _on_device(params), dtype, tokenizer)
 
 
 def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
@@ -394,8 +505,10 @@ def _in_flight(params: Params) -> int:
     return max([IN_FLIGHT, *(8 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params))])
 
 
-def fill_folder(folder: Path, card: BaseCard, params: Params) -> None:
-    """Writes a complete card and its parameters into an empty folder.
+def fill_folder(
+    folder: Path, card: BaseCard, params: Params, tokenizer: Mapping[str, bytes] | None = None
+) -> None:
+    """Writes a complete card, its parameters and a tokenizer's files into an empty folder.
 
     The parameters should be JAX arrays, since Orbax copies NumPy's before it writes them.
 
@@ -422,13 +535,17 @@ def fill_folder(folder: Path, card: BaseCard, params: Params) -> None:
                 gc.collect()  # what the other threads failed with is told when it is collected
     if reason:
         raise OSError(f"cannot write the network: {reason[:300]}")
+    if tokenizer is not None:
+        (folder / TOKENIZER).mkdir()
+        for name, data in tokenizer.items():
+            (folder / TOKENIZER / name).write_bytes(data)
     text = json.dumps(dataclasses.asdict(card), indent=2)
     (folder / "card.json").write_text(text + "\n")
 
 
 def save(
     path: str | os.PathLike[str],
-    network: Network | Autoencoder | FeatureNetwork,
+    network: Network | Autoencoder | FeatureNetwork | TextEncoder,
     dtype: Any = np.float32,
 ) -> None:
     """Writes a network folder whole or not at all; an existing network folder is replaced.
@@ -441,13 +558,20 @@ def save(
             network that was loaded to compute in bfloat16.
 
     Raises:
-        ValueError: If there is something else in that place.
+        ValueError: If there is something else in that place, or the network takes texts and has no
+            tokenizer.
         OSError: If the folder cannot be written.
     """
     check_place(Path(path))
+    tokenizer: Tokenizer | None = getattr(network, "tokenizer", None)
+    if tokenizer is None and network.card.architecture in TAKE_TEXTS:
+        raise ValueError(
+            f"{network.card.name} has no tokenizer, and its folder must; make it with tokenizer="
+        )
     stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), network.params)
     card = dataclasses.replace(network.card, checksum=checksum(stored))
-    replace_folder(Path(path), lambda folder: fill_folder(folder, card, stored))
+    files = None if tokenizer is None else tokenizer.files
+    replace_folder(Path(path), lambda folder: fill_folder(folder, card, stored, files))
 
 
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "tuple": tuple}
@@ -458,8 +582,13 @@ _KINDS_OF_CARD: dict[str, tuple[Any, Callable[..., Any]]] = {
     "autoencoder": (AutoencoderCard, _autoencoder),
     "inception": (FeatureCard, _feature_network),
     "classifier": (FeatureCard, _feature_network),
+    "clip": (FeatureCard, _clip),
+    "clip_text": (TextEncoderCard, _text_encoder),
 }
 """The card of an architecture, and what makes the network of it."""
+
+TAKE_TEXTS = ("clip", "clip_text")
+"""Architectures whose folders have a tokenizer."""
 
 
 def _parse_card(fields: Any) -> BaseCard:
@@ -480,7 +609,7 @@ def _parse_card(fields: Any) -> BaseCard:
         if type(value) is not _KINDS[re.split(r"\W", declared)[0]]:
             wrong.append(f"{name} is {value!r}")
     shape = values.get("image_shape")
-    if not (
+    if "image_shape" in known and not (
         type(shape) is tuple and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
     ):
         wrong.append(f"image_shape is {shape!r}")
@@ -541,7 +670,8 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32, *, on_host: b
         on_host: Whether to leave the parameters on the host, as NumPy arrays.
 
     Returns:
-        A ``Network``; an ``Autoencoder`` or a ``FeatureNetwork`` where the folder holds one.
+        A ``Network``; an ``Autoencoder``, a ``TextEncoder`` or a ``FeatureNetwork`` where the
+        folder holds one.
 
     Raises:
         ValueError: If there is no such network, or its folder is damaged.
@@ -553,6 +683,12 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32, *, on_host: b
     stored = path.absolute() / "params"
     if not stored.is_dir():
         raise ValueError(f"network folder {path} is damaged: it has no params")
+    files = None
+    if card.architecture in TAKE_TEXTS:
+        try:
+            files = read_tokenizer(path / TOKENIZER)
+        except ValueError as error:
+            raise ValueError(f"network folder {path} is damaged: {error}") from None
     try:
         # Straight into place and little at a time: else memory holds the parameters twice.
         with _no_echo(), ocp.PyTreeCheckpointer() as reader:
@@ -578,12 +714,17 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32, *, on_host: b
         raise ValueError(f"network folder {path} is damaged: {first[:200]}") from error
     try:
         _, make = _KINDS_OF_CARD.get(card.architecture, _DENOISER)
-        network = make(card, params, dtype)
+        more = dict(files=files) if files is not None else {}
+        network = make(card, params, dtype, **more)
     except Exception as error:  # numbers that no network can have fail in many places
         raise ValueError(f"network folder {path} is damaged: {error}") from error
     if card.checksum != network.card.checksum:
         raise ValueError(
             f"network folder {path} is damaged: the parameters' checksum is "
             f"{network.card.checksum[:12]}, its card says {card.checksum[:12] or 'nothing'}"
+        )
+    if files is not None and card.tokenizer_checksum != network.card.tokenizer_checksum:  # pyright: ignore
+        raise ValueError(
+            f"network folder {path} is damaged: its tokenizer is not the one that its card says"
         )
     return network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.types import Autoencoder, Card, FeatureNetwork, Network
+from tstitch_jax.types import Autoencoder, Card, FeatureNetwork, Network, TextEncoder
 
 
 def check_networks(networks: Sequence[Any]) -> None:
@@ -18,6 +19,10 @@ def check_networks(networks: Sequence[Any]) -> None:
         if isinstance(each, Autoencoder):
             raise ValueError(
                 f"{each.card.name} is an autoencoder, not a denoiser; give it as the autoencoder"
+            )
+        if isinstance(each, TextEncoder):
+            raise ValueError(
+                f"{each.card.name} is a text encoder, not a denoiser; give it as the text_encoder"
             )
         if isinstance(each, FeatureNetwork):
             raise ValueError(
@@ -28,9 +33,13 @@ def check_networks(networks: Sequence[Any]) -> None:
     if not networks:
         raise ValueError("give at least one network")
     first = networks[0].card
-    for other in (network.card for network in networks[1:]):
+    for network in networks[1:]:
+        other = network.card
+        shapes: Any = ("image shape", first.image_shape, other.image_shape)
+        if networks[0].multiple and network.multiple:  # any size will do
+            shapes = ("number of channels", first.image_shape[2], other.image_shape[2])
         for what, a, b in (
-            ("image shape", first.image_shape, other.image_shape),
+            shapes,
             ("autoencoder", first.autoencoder, other.autoencoder),
         ):
             if a != b and not (what == "autoencoder" and "" in (a, b)):
@@ -38,6 +47,37 @@ def check_networks(networks: Sequence[Any]) -> None:
                     f"{first.name} and {other.name} cannot be stitched: "
                     f"their {what} differs, {a} and {b}"
                 )
+
+
+def check_size(size: Any, networks: Sequence[Network], factor: int) -> tuple[int, int, int]:
+    """The shape ``(H, W, C)`` of x, of the size of what is returned, ``factor`` times as large."""
+    shape = networks[-1].card.image_shape
+    if size is not None:
+        try:
+            height, width = (operator.index(n) for n in size)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"size must be two whole numbers, height and width, got {shown(size)}"
+            ) from None
+        if min(height, width) < 1 or height % factor or width % factor:
+            raise ValueError(
+                f"size must be two multiples of {factor * (networks[-1].multiple or 1)}, above 0, "
+                f"got {height}x{width}"
+            )
+        shape = (height // factor, width // factor, shape[2])
+    for network in networks:
+        own = network.card.image_shape
+        if network.multiple is None and shape != own:
+            raise ValueError(
+                f"{network.card.name} makes {own[0] * factor}x{own[1] * factor} alone, asked for "
+                f"{shape[0] * factor}x{shape[1] * factor}"
+            )
+        if network.multiple and (shape[0] % network.multiple or shape[1] % network.multiple):
+            raise ValueError(
+                f"size must be two multiples of {network.multiple * factor} for "
+                f"{network.card.name}, got {shape[0] * factor}x{shape[1] * factor}"
+            )
+    return shape
 
 
 def check_labels(labels: Any, cards: Sequence[Card]) -> tuple[np.ndarray, ...]:
@@ -183,5 +223,5 @@ def check_start(
         shape = (shape[0], shape[1] * factor, shape[2] * factor, encoder.card.image_shape[2])
     if np.asarray(start).dtype.kind in "iu":
         raise ValueError("start must be floats, images in [-1, 1], got whole numbers (of pixels?)")
-    start = check_images("start", start, shape, "one image per label")
+    start = check_images("start", start, shape, "one image each")
     return start, max(1, int(steps * strength + 1e-6))

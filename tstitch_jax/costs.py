@@ -53,17 +53,29 @@ def timed(request: pipeline.Sampling) -> float:
     return (time.perf_counter() - start) / request.batch
 
 
-def pass_seconds(networks: Sequence[Network], batch: int) -> list[float]:
-    """Seconds per image that one pass through each network takes here, from one step of each."""
+def pass_seconds(
+    networks: Sequence[Network], batch: int, shape: tuple[int, ...] | None = None
+) -> list[float]:
+    """Seconds per image that one pass through each network takes here, from one step of each.
+
+    Args:
+        networks: The networks.
+        batch: How many images at a time.
+        shape: ``(H, W, C)`` of what they denoise; those of their cards unless given.
+    """
     steps = []
     for network in networks:
-        labels = np.resize(np.arange(network.card.num_classes), batch)
+        card = network.card
+        given: dict[str, Any] = dict(size=shape and shape[:2])
+        if card.context is None:
+            given["labels"] = np.resize(np.arange(card.num_classes), batch).tolist()
+        else:
+            given["context"] = np.zeros((batch, *card.context), np.float32)
         steps.append(
             pipeline.prepare(
-                jax.random.key(0), [network], labels=labels.tolist(), steps=1, cfg_scale=None,
-                decode=False,
+                jax.random.key(0), [network], steps=1, cfg_scale=None, decode=False, **given
             )
-        )  # fmt: skip
+        )
     # In rounds that go through all, so that what slows the machine for a while slows them all.
     rounds = [[timed(step) for step in steps] for _ in range(ROUNDS + 1)][1:]
     return [statistics.median(times) for times in zip(*rounds, strict=True)]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tstitch_jax import pipeline
+from tstitch_jax.conditioning import Condition
 from tstitch_jax.files import whole_file
 from tstitch_jax.parallel import mesh_of
 from tstitch_jax.plan import Plan
@@ -28,11 +29,33 @@ def _bits(leaf: Any) -> np.ndarray:
     return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
 
 
+def _given(conditions: Sequence[Condition]) -> dict[str, np.ndarray]:
+    """The arguments that say what all networks are conditioned on, by name."""
+    first, *others = conditions
+    if any(not np.array_equal(first.given, other.given) for other in others):
+        raise ValueError(
+            "a sampler is exported with the same labels, or the same contexts, for all networks"
+        )
+    given = np.asarray(first.given)
+    if given.ndim == 1:
+        return {"labels": given}
+    nulls = [np.asarray(each.null) for each in conditions if each.null is not None]
+    return {"context": given} | ({"negative": nulls[0]} if nulls else {})
+
+
+def _replaced(condition: Condition, values: Sequence[Any]) -> Condition:
+    """With the values of a call; the null label stays as it is."""
+    given, *negative = values
+    return Condition(
+        given, negative[0] if negative and condition.null is not None else condition.null
+    )
+
+
 def export(
     path: str | os.PathLike[str],
     networks: Sequence[Network],
     *,
-    labels: Sequence[int],
+    labels: Sequence[int] | None = None,
     seed: int = 0,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     autoencoder: Autoencoder | None = None,
@@ -46,6 +69,10 @@ def export(
     ``jax.export.deserialize(bytearray(file["program"])).call`` takes the list of the weights, in
     the order of their names, and then these four arguments; ``docs/scale.md`` has it as a script.
 
+    Of networks that are conditioned on a context there are ``context`` and, where they are guided,
+    ``negative``, float32 ``[B, L, D]``, in the place of ``labels``: what a text encoder makes of
+    prompts is a part of the file, the encoder is not.
+
     It returns images, float32 ``[B, H, W, C]`` in [-1, 1], those of ``sample`` with
     ``jax.random.key(seed)``. ``seed`` is uint32, ``labels`` int32 ``[B]``, ``plan`` int32 ``[N]``,
     ``scales`` float32: the guidance scale of each guided network (of each step too, where one was
@@ -53,7 +80,8 @@ def export(
 
     Args:
         path: The file.
-        networks, labels, autoencoder: As for ``sample``; one list of labels for all networks.
+        networks, labels, autoencoder: As for ``sample``; the same labels, or the same contexts,
+            for all networks.
         seed: 0 to 2^32 - 1.
         platforms: For which the program is lowered, of ``PLATFORMS``.
         **options: The other arguments of ``sample`` that its compiled program depends on.
@@ -73,13 +101,15 @@ def export(
     inputs = request.inputs
     if inputs.noise is not None or inputs.start is not None:
         raise ValueError("noise and start cannot be exported")
+    given = _given(inputs.conditions)
     leaves, tree = jax.tree.flatten((inputs.given.params, inputs.coder_params))
     dtypes = [leaf.dtype for leaf in leaves]
     weights = [_bits(leaf) for leaf in leaves]
-    given = [scale for scale in inputs.given.scales if scale is not None]
-    scales = np.array(np.broadcast_arrays(*given) if given else [], np.float32)
+    guided = [scale for scale in inputs.given.scales if scale is not None]
+    scales = np.array(np.broadcast_arrays(*guided) if guided else [], np.float32)
 
-    def draw(weights: Any, seed: Any, labels: Any, plan: Any, scales: Any) -> jax.Array:
+    def draw(weights: Any, seed: Any, *rest_of_inputs: Any) -> jax.Array:
+        *cond, plan, scales = rest_of_inputs
         parts = [
             jax.lax.bitcast_convert_type(weight, dtype) if weight.dtype != dtype else weight
             for weight, dtype in zip(weights, dtypes, strict=True)
@@ -93,20 +123,21 @@ def export(
                 given=inputs.given._replace(
                     params=params, scales=chosen, plan=Plan(plan, len(networks))
                 ),
-                labels=(labels,) * len(networks),
+                conditions=tuple(_replaced(each, cond) for each in inputs.conditions),
                 coder_params=coder_params,
             )
         )
 
     arguments = dict(
         seed=np.uint32(seed),
-        labels=np.asarray(inputs.labels[0], np.int32),
+        **given,
         plan=np.asarray(request.plan.networks, np.int32),
         scales=scales,
     )
     function: Callable[..., Any] = jax.jit(draw)
     program = jax.export.export(function, platforms=tuple(platforms))(weights, *arguments.values())
     about = {
+        "arguments": list(arguments),
         "networks": [network.card.name for network in networks],
         "licenses": [network.card.license for network in networks],
         "checksums": [network.card.checksum for network in networks],

@@ -20,38 +20,41 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from tstitch_jax import checks, parallel, pipeline
+from tstitch_jax.conditioning import check_encoders, check_texts, encode_texts
 from tstitch_jax.hosts import HostError, Hosts, tell_all
 from tstitch_jax.shards import SAMPLES, Shards, differences
-from tstitch_jax.types import Autoencoder, Network
+from tstitch_jax.types import Autoencoder, Network, TextEncoder
 
-FORMAT = 2
+FORMAT = 3
 
 _UNSEEN = {
     "name", "num_params", "macs", "source", "source_checksum", "data", "license", "class_names",
-    "autoencoder",
+    "autoencoder", "text_encoder",
 }  # fmt: skip
 """What no image depends on of that which a card says."""
 
 DEFAULTS: dict[str, Any] = dict(
     fractions=None, plan=None, steps=50, spacing="respaced", solver="ddim", eta=None,
     cfg_scale=1.5, cfg_channels=None, cfg_rescale=0.0, cfg_interval=None, auto_scale=None,
+    size=None,
 )  # fmt: skip
 """Options of ``sample`` that ``generate`` takes too."""
 
 
 def _settings(
     request: pipeline.Sampling, networks: Sequence[Network], autoencoder: Autoencoder | None,
-    seed: int, labels: Sequence[int], batch: int, options: dict[str, Any],
+    encoders: Sequence[TextEncoder], seed: int, asked: dict[str, Any], batch: int,
+    options: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """All that an image's bytes depend on."""
     mesh = parallel.mesh_of(*networks)
-    owners = [*networks, *([] if autoencoder is None else [autoencoder])]
+    owners = [*networks, *([] if autoencoder is None else [autoencoder]), *encoders]
     leaves = [jax.tree.leaves(owner.params) for owner in owners]
 
     def plain(value: Any) -> Any:
         return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
-    def seen(owner: Network | Autoencoder) -> dict[str, Any]:
+    def seen(owner: Network | Autoencoder | TextEncoder) -> dict[str, Any]:
         card = dataclasses.asdict(owner.card)
         return {name: value for name, value in card.items() if name not in _UNSEEN}
 
@@ -65,7 +68,7 @@ def _settings(
         "times": np.asarray(request.inputs.knots.time, np.float64).tolist(),
         **{name: jax.tree.map(plain, value) for name, value in sorted(options.items())},
         "seed": seed,
-        "labels": [int(label) for label in labels],
+        **asked,
         "batch": batch,
         "platform": next(iter(leaves[0][0].devices())).platform,
         "jax": jax.__version__,
@@ -108,12 +111,15 @@ class _Team:
     def lower(self) -> jax.stages.Lowered:
         return self.request.lower()
 
-    def start(self, indices: np.ndarray, labels: np.ndarray) -> Any:
-        """Pixels, and whether each image is finite, when the devices will be through."""
-        pair = indices.astype(np.int32), labels.astype(np.int32)
-        indices, labels = jax.device_put(pair, self.place)
+    def start(self, indices: np.ndarray, given: Sequence[Any]) -> Any:
+        """Pixels, and whether each image is finite, when the devices will be through.
+
+        ``given`` is what each network is conditioned on.
+        """
+        indices, given = jax.device_put((indices.astype(np.int32), tuple(given)), self.place)
         inputs = self.request.inputs
-        inputs = inputs._replace(indices=indices, labels=(labels,) * len(inputs.labels))
+        cond = (own._replace(given=new) for own, new in zip(inputs.conditions, given, strict=True))
+        inputs = inputs._replace(indices=indices, conditions=tuple(cond))
         assert self.execute is not None
         return self.execute(inputs)
 
@@ -141,10 +147,11 @@ def _teams(
             place = NamedSharding(row, PartitionSpec())
         # Alike for all teams, so that they are traced once.
         static = request.static | {"finish": pipeline.to_pixels, "mesh": None}
-        key, indices, labels = jax.device_put(
-            (request.inputs.key, np.asarray(request.inputs.indices), request.inputs.labels), place
+        key, indices, cond = jax.device_put(
+            (request.inputs.key, np.asarray(request.inputs.indices), request.inputs.conditions),
+            place,
         )
-        inputs = request.inputs._replace(key=key, indices=indices, labels=labels)
+        inputs = request.inputs._replace(key=key, indices=indices, conditions=cond)
         teams.append(_Team(dataclasses.replace(request, static=static, inputs=inputs), place))
     return teams
 
@@ -156,6 +163,9 @@ def generate(
     num: int,
     seed: int = 0,
     labels: Sequence[int] | None = None,
+    prompts: Any = None,
+    negative: Any = "",
+    text_encoder: Any = None,
     batch: int = 16,
     png: bool = False,
     autoencoder: Autoencoder | None = None,
@@ -165,11 +175,12 @@ def generate(
 ) -> Path:
     """Samples many images into a folder, over the devices of a mesh and over all hosts.
 
-    Image i depends on the seed, its label and i alone. It is always computed as row ``i % batch``
-    of a device's batch ``i // batch``, so that its bytes do not depend on the number of devices and
-    hosts. Each batch becomes a file with a checksum as soon as it is there: a job that was stopped
-    goes on where it was when it is called again, a damaged file is made again, and the end result
-    is the same to the byte. The number of images may be raised later. Memory does not grow with it.
+    Image i depends on the seed, its label or prompt, and i alone. It is always computed as row
+    ``i % batch`` of a device's batch ``i // batch``, so that its bytes do not depend on the number
+    of devices and hosts. Each batch becomes a file with a checksum as soon as it is there: a job
+    that was stopped goes on where it was when it is called again, a damaged file is made again, and
+    the end result is the same to the byte. The number of images may be raised later. Memory does
+    not grow with it.
 
     Under ``jax.distributed`` every host calls this with the same arguments and with networks on its
     own devices, and all see the same folder; if not, all say so. If a host fails or dies the
@@ -183,6 +194,10 @@ def generate(
         num: Number of images.
         seed: Seed of all noise, 0 to 2^32 - 1.
         labels: Image i is of class ``labels[i % len(labels)]``; all classes unless given.
+        prompts: Where the networks are conditioned on texts, image i is of the text
+            ``prompts[i % len(prompts)]``, whose number is then its label in ``samples.npz``.
+        negative: The text of the unconditional half of guidance.
+        text_encoder: As for ``sample``. Texts are encoded batch by batch.
         batch: Images of a device at a time, and of a file. Part of the settings, as it may change
             an image's last bit.
         png: Whether to write each image as a PNG too, and remove those of more images than ``num``.
@@ -209,21 +224,52 @@ def generate(
     if not isinstance(options["solver"], str):
         raise ValueError("generate takes a solver by name, so that a job can be gone on with")
     checks.check_networks(networks)
-    if labels is None:
-        labels = range(networks[-1].card.num_classes)
+    key = jax.random.key(seed)
+    cards = [network.card for network in networks]
+    if prompts is None:
+        if negative or text_encoder is not None:
+            raise ValueError("negative and text_encoder go with prompts")
+        if labels is None:
+            labels = range(cards[-1].num_classes)
+        cycle: list[Any] = list(labels)
+        encoders: list[TextEncoder] = []
+        kept_texts: dict[str, Any] = {}
 
-    key, cycle = jax.random.key(seed), list(labels)
+        def given_of(numbers: np.ndarray) -> list[Any]:
+            return [np.array([cycle[n] for n in numbers], np.int32)] * len(cards)
+
+    else:
+        if labels is not None or any(card.context is None for card in cards):
+            raise ValueError("prompts are for networks that are all conditioned on texts alone")
+        if not isinstance(negative, str):
+            raise ValueError(f"negative must be one text, got {checks.shown(negative)}")
+        cycle = check_texts("prompts", prompts)
+        encoders = check_encoders(text_encoder, cards)
+        kept_texts = dict(negative=negative, text_encoder=encoders)
+
+        def given_of(numbers: np.ndarray) -> list[Any]:
+            texts = [cycle[n] for n in numbers]
+            made = {id(encoder): encode_texts(encoder, texts) for encoder in encoders}
+            return [made[id(encoder)] for encoder in encoders]
+
+    word_for = "labels" if prompts is None else "prompts"
 
     def prepare(chosen: Any, *owners: Any) -> pipeline.Sampling:
-        return pipeline.prepare(key, owners[0], labels=chosen, autoencoder=owners[1], **options)
+        given = {word_for: chosen} | kept_texts
+        return pipeline.prepare(key, owners[0], autoencoder=owners[1], **given, **options)
 
-    prepare(cycle, networks, autoencoder)  # all labels are checked
-    first = np.resize(np.array(cycle), batch).tolist()
+    if prompts is None:
+        prepare(cycle, networks, autoencoder)  # all labels are checked
+    numbers = np.resize(np.arange(len(cycle)), batch)
+    first = [cycle[n] for n in numbers]
     teams = _teams(networks, autoencoder, functools.partial(prepare, first))
     request = teams[0].request
     shape = jax.eval_shape(request.function, request.inputs)[0].shape[1:]
     kept = {k: v for k, v in options.items() if k not in ("fractions", "plan", "steps")}
-    settings = _settings(request, networks, autoencoder, seed, cycle, batch, kept)
+    asked: dict[str, Any] = {"prompts": cycle, "negative": negative}
+    if prompts is None:
+        asked = {"labels": [int(label) for label in cycle]}
+    settings = _settings(request, networks, autoencoder, encoders, seed, asked, batch, kept)
     shards = Shards(Path(out), settings, batch, shape)
     _check_hosts(shards.settings | {"num": num})
 
@@ -242,10 +288,11 @@ def generate(
         if word.startswith("no "):
             raise HostError(f"host 0 refuses: {word[3:]}")
         hosts = stack.enter_context(Hosts(shards.folder / ".hosts", word[3:], host_timeout))
-        _make(teams, shards, hosts, np.array(cycle), num, progress)
+        _make(teams, shards, hosts, lambda i: given_of(i % len(cycle)), num, progress)
         if leader:
             silent = not progress
-            labels_of = np.array(cycle)[np.arange(num) % len(cycle)]
+            of_all = np.arange(num) % len(cycle)
+            labels_of = of_all if prompts is not None else np.array(cycle)[of_all]
             return shards.join(
                 num,
                 labels_of,
@@ -266,8 +313,8 @@ def _compile(teams: Sequence[_Team]) -> None:
 
 
 def _make(
-    teams: Sequence[_Team], shards: Shards, hosts: Hosts, cycle: np.ndarray, num: int,
-    progress: bool,
+    teams: Sequence[_Team], shards: Shards, hosts: Hosts,
+    given_of: Callable[[np.ndarray], Sequence[Any]], num: int, progress: bool,
 ) -> None:  # fmt: skip
     """Makes this host's part of what is missing; shard k is of host k modulo their number."""
     own = list(shards.needed(num))[hosts.index :: hosts.count]
@@ -313,7 +360,7 @@ def _make(
         pending: deque[tuple[int, Any]] = deque()
         for turn, k in enumerate(missing):
             indices = k * shards.batch + np.arange(shards.batch)
-            started = teams[turn % len(teams)].start(indices, cycle[indices % len(cycle)])
+            started = teams[turn % len(teams)].start(indices, given_of(indices))
             pending.append((k, started))
             # Each team has one batch at work and one ahead while the host writes.
             if len(pending) == 2 * len(teams):

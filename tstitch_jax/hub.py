@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -34,13 +35,16 @@ class Public:
     """A public network: where its files are, and what its card will say.
 
     Attributes:
-        family: Whose layout the files have: ``"dit"``, ``"sit"``, ``"autoencoder"`` or
-            ``"inception"``.
-        files: Names of its files.
-        source, license, num_params, macs, data, image_shape, num_classes: As in the card; an
-            autoencoder has no classes.
+        family: Whose layout the files have: ``"dit"``, ``"sit"``, ``"unet"``, ``"autoencoder"``,
+            ``"inception"``, ``"text_encoder"`` or ``"clip"``.
+        files: Names of its files; none where they are those of ``part``.
+        source, license, num_params, macs, data, image_shape, num_classes: As in the card; some have
+            no classes (0), and one that takes texts has no image shape.
         url: Address of the one file, or empty.
         repo: Repository on the Hugging Face hub that holds the files, or empty.
+        part: The folder of a pipeline of diffusers that the repository holds, or empty. Its files
+            are asked for, as repositories have the weights in one format or another.
+        text_encoder: The name of what makes a network's contexts, where it is not the usual one.
     """
 
     family: str
@@ -50,13 +54,48 @@ class Public:
     num_params: int
     macs: int
     data: str = "ImageNet 256"
-    image_shape: tuple[int, int, int] = (32, 32, 4)
+    image_shape: tuple[int, ...] = (32, 32, 4)
     num_classes: int = 1000
     url: str = ""
     repo: str = ""
+    part: str = ""
+    text_encoder: str = ""
 
 
 _DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
+
+_CLIP = ("config.json", "pytorch_model.bin", "vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+def _text_to_image(repo: str, num_params: int, macs: int, data: str) -> Public:
+    """A U-Net of Stable Diffusion 1's kind, of a pipeline on the hub."""
+    return Public(
+        family="unet",
+        files=(),
+        repo=repo,
+        part="unet",
+        source=f"huggingface.co/{repo}",
+        license="CreativeML OpenRAIL-M",
+        num_params=num_params,
+        macs=macs,
+        data=data,
+        image_shape=(64, 64, 4),
+        num_classes=0,
+    )
+
+
+def _class_to_image(drive: str, file: str, num_params: int, macs: int) -> Public:
+    """A U-Net of the T-Stitch paper's, on latents of VQ-f8."""
+    return Public(
+        family="unet",
+        files=(file,),
+        url=_DRIVE.format(drive),
+        source="T-Stitch authors, Google Drive",
+        license="NVIDIA Source Code License (non-commercial)",
+        num_params=num_params,
+        macs=macs,
+    )
+
 
 PUBLIC: dict[str, Public] = {
     "dit-xl-2-256": Public(
@@ -170,8 +209,100 @@ PUBLIC: dict[str, Public] = {
         image_shape=(299, 299, 3),
         num_classes=1008,
     ),
+    "sd-1-4": _text_to_image(
+        "CompVis/stable-diffusion-v1-4", 859_520_964, 401_636_720_640, "LAION-2B(en)"
+    ),
+    "sd-1-5": _text_to_image(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, 401_636_720_640, "LAION-2B(en)"
+    ),
+    "bk-sdm-base": _text_to_image(
+        "nota-ai/bk-sdm-base", 579_384_964, 261_496_995_840, "LAION-Aesthetics V2 6.5+"
+    ),
+    "bk-sdm-small": _text_to_image(
+        "nota-ai/bk-sdm-small", 482_346_884, 255_447_203_840, "LAION-Aesthetics V2 6.5+"
+    ),
+    "bk-sdm-tiny": _text_to_image(
+        "nota-ai/bk-sdm-tiny", 323_384_964, 242_754_519_040, "LAION-Aesthetics V2 6.5+"
+    ),
+    "ldm-s": _class_to_image(
+        "1HgKfkIHr14O8HjIf-RCw8cLEdsbn2h9h", "ldm_s.ckpt", 25_642_948, 4_145_643_520
+    ),
+    "ldm": _class_to_image(
+        "1YRnLZuR8xIS9GgtU7a_sTTH5G2KkJk7s", "ldm.ckpt", 395_496_708, 57_038_602_240
+    ),
+    "sd-text-encoder": Public(
+        family="text_encoder",
+        files=(
+            "text_encoder/config.json",
+            "text_encoder/model.safetensors",
+            "tokenizer/vocab.json",
+            "tokenizer/merges.txt",
+            "tokenizer/tokenizer_config.json",
+        ),
+        repo="CompVis/stable-diffusion-v1-4",
+        source="huggingface.co/CompVis/stable-diffusion-v1-4",
+        license="CreativeML OpenRAIL-M",
+        num_params=123_060_480,
+        macs=6_649_251_840,
+        data="400M images of the internet with their texts",
+        image_shape=(),
+        num_classes=0,
+    ),
+    "clip-vit-base-patch32": Public(
+        family="clip",
+        files=_CLIP,
+        repo="openai/clip-vit-base-patch32",
+        source="huggingface.co/openai/clip-vit-base-patch32",
+        license="MIT",
+        num_params=151_277_312,
+        macs=7_388_581_888,
+        data="400M images of the internet with their texts",
+        image_shape=(224, 224, 3),
+        num_classes=0,
+    ),
+    "clip-vit-large-patch14": Public(
+        family="clip",
+        files=_CLIP,
+        repo="openai/clip-vit-large-patch14",
+        source="huggingface.co/openai/clip-vit-large-patch14",
+        license="MIT",
+        num_params=427_616_512,
+        macs=87_662_610_432,
+        data="400M images of the internet with their texts",
+        image_shape=(224, 224, 3),
+        num_classes=0,
+    ),
 }
 """The public networks that ``load`` knows, by name."""
+
+_PARTS = {"unet": "unet", "vae": "autoencoder", "text_encoder": "text_encoder"}
+"""Of a pipeline of diffusers, and whose layout each has."""
+
+
+def public(name: str) -> Public | None:
+    """The public network of a name of ``PUBLIC``, or of a pipeline on the Hugging Face hub.
+
+    ``"owner/repository"`` is its U-Net; ``"owner/repository/vae"`` and ``".../text_encoder"`` are
+    its other networks. Of these neither size nor license is known before they are there.
+    """
+    if name in PUBLIC:
+        return PUBLIC[name]
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*?)(?:/(unet|vae|text_encoder))?", name)
+    if match is None:
+        return None
+    repo, part = match[1], match[2] or "unet"
+    return Public(
+        family=_PARTS[part], files=(), repo=repo, part=part, source=f"huggingface.co/{repo}",
+        license=f"see huggingface.co/{repo}", num_params=0, macs=0, data="", image_shape=(),
+        num_classes=0, text_encoder=f"{repo}/text_encoder",
+    )  # fmt: skip
+
+
+def _known(name: str) -> Public:
+    entry = public(name)
+    if entry is None:
+        raise unknown("public network", name, PUBLIC)
+    return entry
 
 
 def cache_folder() -> Path:
@@ -182,7 +313,7 @@ def cache_folder() -> Path:
 
 
 def _network_folder(name: str) -> Path:
-    return cache_folder() / "networks" / name
+    return cache_folder() / "networks" / name.replace("/", "--")
 
 
 def is_cached(name: str) -> bool:
@@ -192,19 +323,23 @@ def is_cached(name: str) -> bool:
 
 def _failure(name: str, reason: object) -> ValueError:
     """The error of a download, with the way around it."""
-    entry = PUBLIC[name]
+    entry = _known(name)
     if entry.url:
         urls = [shlex.quote(entry.url)]
+    elif entry.part:
+        urls = [f"the folder {entry.part} of https://huggingface.co/{entry.repo}"]
     else:
         from huggingface_hub import hf_hub_url
 
         urls = [hf_hub_url(entry.repo, file) for file in entry.files]
-    what, place = (entry.files[0], "as") if len(urls) == 1 else (name, "into a folder")
+    single = len(entry.files) == 1
+    what, place = (entry.files[0], "as") if single else (name, "into a folder")
     out = shlex.quote(str(_network_folder(name)))
+    absent = "" if name in PUBLIC else f"there is no folder {name}, and "
     return ValueError(
-        f"cannot download {name}: {str(reason).rstrip('. ')}. Save {' and '.join(urls)} {place} "
-        f"{what} by other means and run: tstitch convert {what} {out} --family {entry.family}, "
-        f'then ts.load("{name}") finds it'
+        f"{absent}cannot download {name}: {str(reason).rstrip('. ')}. Save {' and '.join(urls)} "
+        f"{place} {what} by other means and run: tstitch convert {what} {out} --family "
+        f'{entry.family}, then ts.load("{name}") finds it'
     )
 
 
@@ -320,7 +455,7 @@ def _transfer(url: str, part: Path) -> None:
 def _download_url(name: str) -> Path:
     from filelock import FileLock
 
-    entry = PUBLIC[name]
+    entry = _known(name)
     path = cache_folder() / "downloads" / entry.files[0]
     part = Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -342,13 +477,36 @@ def _download_url(name: str) -> Path:
     return path
 
 
+def _files_of(repo: str, part: str) -> list[str]:
+    """The files of a part of a pipeline: weights, configuration, scheduler or tokenizer."""
+    from huggingface_hub import list_repo_files
+
+    from checkpoints_convert.readers import WEIGHTS
+
+    there = set(list_repo_files(repo))
+    weights = [f"{part}/{file}" for file in WEIGHTS if not file.endswith(".json")]
+    found = next((file for file in weights if file in there), None)
+    if found is None or f"{part}/config.json" not in there:
+        raise ValueError(
+            f"the repository {repo} has no weights in {part}, as a pipeline of diffusers has"
+        )
+    beside = {
+        "unet": ("scheduler/scheduler_config.json",),
+        "text_encoder": ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer.json",
+                         "tokenizer/tokenizer_config.json"),
+    }  # fmt: skip
+    more = [file for file in beside.get(part, ()) if file in there]
+    return [f"{part}/config.json", found, *more]
+
+
 def _download_repo(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    entry = PUBLIC[name]
+    entry = _known(name)
     try:
         with checkpoint.quiet("huggingface_hub"):
-            paths = [Path(hf_hub_download(entry.repo, file)) for file in entry.files]
+            files = entry.files or _files_of(entry.repo, entry.part)
+            paths = [Path(hf_hub_download(entry.repo, file)) for file in files]
     except Exception as error:  # of the HTTP client too, which differs between the hub's releases
         if isinstance(error, OSError) and error.errno:  # the disk's
             raise
@@ -370,9 +528,7 @@ def download(name: str) -> Path:
         ValueError: If there is no such network, or it cannot be reached; says how to go on by hand.
         OSError: If the disk is full; what has come is kept.
     """
-    if name not in PUBLIC:
-        raise unknown("public network", name, PUBLIC)
-    return _download_url(name) if PUBLIC[name].url else _download_repo(name)
+    return _download_url(name) if _known(name).url else _download_repo(name)
 
 
 def fetch(name: str) -> Path:
@@ -382,16 +538,14 @@ def fetch(name: str) -> Path:
         ValueError: As ``download``, or if the file cannot be converted.
         OSError: If the disk is full.
     """
-    if name not in PUBLIC:
-        raise unknown("public network", name, PUBLIC)
     from filelock import FileLock
 
-    entry, out = PUBLIC[name], _network_folder(name)
+    entry, out = _known(name), _network_folder(name)
     card = out / "card.json"
     if card.exists():
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.parent / f".{name}.lock"):
+    with FileLock(out.parent / f".{out.name}.lock"):
         if card.exists():  # another process was faster
             return out
         from checkpoints_convert import convert
@@ -404,6 +558,7 @@ def fetch(name: str) -> Path:
                 family=entry.family,
                 name=name,
                 source_name=entry.source,
+                text_encoder=entry.text_encoder,
                 license=entry.license,
                 data=entry.data,
             )
@@ -424,6 +579,8 @@ def embedded_names() -> list[str]:
 def find(name: str | os.PathLike[str]) -> Path:
     """The folder of an embedded network, of a path, or of a public network, in this order.
 
+    A name with a slash is that of a repository on the hub, unless a folder here begins so.
+
     Raises:
         ValueError: If there is none of them (says the near names), or a public network cannot be
             downloaded or converted.
@@ -439,6 +596,9 @@ def find(name: str | os.PathLike[str]) -> Path:
         return fetch(text)
     if Path(name).is_file():
         raise ValueError(f"{name} is a file; tstitch convert {name} OUT makes a network folder")
+    # What begins with the name of a folder that is here is a path that is wrong.
+    if public(text) is not None and not Path(Path(text).parts[0]).is_dir():
+        return fetch(text)
     if os.sep in text:
         raise ValueError(f"no network folder at {name}")
     raise unknown("network", name, [*embedded_names(), *PUBLIC])
@@ -451,13 +611,15 @@ def load(
 
     Args:
         name: An embedded name such as ``"fashion-s"`` (``"fashion"`` for the feature network), a
-            public name such as ``"dit-xl-2-256"`` (downloaded and converted the first time), or the
-            path of a network folder.
+            public name such as ``"dit-xl-2-256"``, or that of a pipeline on the Hugging Face hub
+            such as ``"CompVis/stable-diffusion-v1-4"`` (see ``public``), downloaded and converted
+            the first time; or the path of a network folder.
         dtype: What the network computes in, float32 or bfloat16; see ``make_network``.
         mesh: From ``ts.make_mesh``; see ``ts.shard``. No device then holds more than its part.
 
     Returns:
-        A ``Network``; an ``Autoencoder`` or a ``FeatureNetwork`` where the name is of one.
+        A ``Network``; an ``Autoencoder``, a ``TextEncoder`` or a ``FeatureNetwork`` where the name
+        is of one.
 
     Raises:
         ValueError: If there is no such network, it cannot be downloaded, or its folder is damaged.

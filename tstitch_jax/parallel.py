@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tstitch_jax.types import Autoencoder, FeatureNetwork, Network, Params
+from tstitch_jax.types import Autoencoder, FeatureNetwork, Network, Params, TextEncoder
 
 DATA, MODEL = "data", "model"
 """The axes of a mesh: over the one images are spread, over the other parameters."""
@@ -19,7 +19,7 @@ DATA, MODEL = "data", "model"
 OWN, ALL, OWN_IN_STEPS = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
 """What each device sees: its images, everything, or its images of every step."""
 
-N = TypeVar("N", Network, Autoencoder, FeatureNetwork)
+N = TypeVar("N", Network, Autoencoder, FeatureNetwork, TextEncoder)
 
 
 def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -96,7 +96,7 @@ def shard_params(params: Params, mesh: Mesh, *, copies: bool = False) -> Params:
 
 
 def shard(network: N, mesh: Mesh) -> N:
-    """The same network or autoencoder, its parameters on every device of a mesh.
+    """The same network of any kind, its parameters on every device of a mesh.
 
     ``ts.sample`` of networks on a mesh spreads the images over it; the results are the same. With
     a model axis of more than one device each holds a part of a network's parameters (for networks

@@ -85,6 +85,22 @@ def grid(
     return canvas
 
 
+def read_picture(path: str | os.PathLike[str], height: int, width: int) -> np.ndarray:
+    """An image file as float32 ``[H, W, 3]`` in [-1, 1], scaled to cover that size and cut to it.
+
+    Raises:
+        ValueError: If it is no image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    except Exception as error:  # of a file that is damaged PIL raises many kinds
+        raise ValueError(f"cannot read the image {path}: {error}") from None
+    return np.asarray(fitted, np.float32) / 127.5 - 1
+
+
 def check_png(path: str | os.PathLike[str]) -> Path:
     """Makes sure, before long work, that a PNG can be written there; makes its folder.
 

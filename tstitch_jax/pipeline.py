@@ -1,10 +1,9 @@
-"""The short way: networks and labels in, images out."""
+"""The short way: networks and labels or texts in, images out."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,14 +18,15 @@ from tstitch_jax.checks import (
     check_autoencoder,
     check_images,
     check_key,
-    check_labels,
     check_networks,
     check_number,
     check_scales,
+    check_size,
     check_start,
     is_list,
     shown,
 )
+from tstitch_jax.conditioning import Condition, make_conditions
 from tstitch_jax.guidance import autoguide, cfg, guidance_interval
 from tstitch_jax.plan import Plan, check_fractions
 from tstitch_jax.prediction import at_equal_snr, by_rows, with_cond, without_variance
@@ -69,23 +69,25 @@ class Given(NamedTuple):
 @functools.cache
 def _assemble(
     denoisers: tuple[Denoiser, ...],
-    nulls: tuple[int, ...],
     channels: tuple[int | None, ...],
     rescale: float,
 ) -> Denoiser:
-    """One denoiser, a function of ``Given``; conditioned on a tuple of labels, one per network."""
+    """One denoiser, a function of ``Given``, with a ``Condition`` for each network."""
+
+    def given_of(k: int) -> Callable[[Cond], Cond]:
+        return lambda cond: cond[k].given
 
     def denoiser(given: Given, x: jax.Array, knot: Knots, cond: Cond, /) -> Prediction:
         plain = [
             each if seen is None else at_equal_snr(each, seen)
             for each, seen in zip(denoisers, given.seen, strict=True)
         ]
-        weak = with_cond(plain[0], operator.itemgetter(0))
+        weak = with_cond(plain[0], given_of(0))
         stages, params = [], []
         for k, (stage, own) in enumerate(zip(plain, given.params, strict=True)):
             if given.scales[k] is not None:
-                stage = cfg(stage, given.scales[k], nulls[k], channels[k], rescale)
-            stage = with_cond(stage, operator.itemgetter(k))
+                stage = cfg(stage, given.scales[k], cond[k].null, channels[k], rescale)
+            stage = with_cond(stage, given_of(k))
             if k and given.auto_scale is not None:
                 stage = autoguide(stage, weak, given.auto_scale, channels[k])
                 own = own, given.params[0]
@@ -104,7 +106,7 @@ class Inputs(NamedTuple):
         given: The denoiser's parameters.
         knots: The sampling grid.
         indices: int32 ``[B]``, the number of each image, by which its noise is drawn.
-        labels: int32 ``[B]`` for each network.
+        conditions: What each network is conditioned on.
         eta, noise, start: As ``sample`` takes them, or None.
         coder_params: The autoencoder's parameters, or None.
     """
@@ -113,7 +115,7 @@ class Inputs(NamedTuple):
     given: Given
     knots: Knots
     indices: Any
-    labels: tuple[Any, ...]
+    conditions: tuple[Condition, ...]
     eta: Any
     noise: Any
     start: Any
@@ -162,7 +164,9 @@ def draw(inputs, *, mesh, **static):
         return _draw_here(inputs, **static)
     own, everything = parallel.OWN, parallel.ALL
     specs: Any = [everything] * len(inputs)
-    specs = Inputs(*specs)._replace(**dict.fromkeys(("indices", "labels", "noise", "start"), own))
+    specs = Inputs(*specs)._replace(
+        **dict.fromkeys(("indices", "conditions", "noise", "start"), own)
+    )
     kept = sum(static[name] for name in ("return_trajectory", "return_predictions"))
     out = (own, *[parallel.OWN_IN_STEPS] * kept) if kept else own
     function = functools.partial(_draw_here, **static)
@@ -180,7 +184,7 @@ def _draw_here(
         inputs.knots,
         x,
         params=inputs.given,
-        cond=inputs.labels,
+        cond=inputs.conditions,
         keys=keys,
         return_trajectory=return_trajectory,
         return_predictions=return_predictions,
@@ -207,8 +211,8 @@ def _solver(solver: str | Solver, eta: Any) -> Solver:
 class Sampling:
     """A checked request: the one compiled function's traced and static arguments.
 
-    Requests that differ in key, labels, plan, scales, guidance interval, eta, noise or start share
-    an executable.
+    Requests that differ in key, labels, texts, plan, scales, guidance interval, eta, noise or start
+    share an executable.
 
     Attributes:
         inputs: The traced ones; on a mesh, of as many images as its devices divide.
@@ -246,7 +250,7 @@ class Sampling:
         solver = _solver(static["solver"], None if inputs.eta is None else float(inputs.eta))
         steps = iterate(
             static["denoiser"], solver, inputs.knots, x,
-            params=inputs.given, cond=inputs.labels, keys=keys,
+            params=inputs.given, cond=inputs.conditions, keys=keys,
         )  # fmt: skip
         kept = []
         for step in steps:
@@ -288,7 +292,12 @@ def prepare(
     key: Key,
     networks: Sequence[Network],
     *,
-    labels: Any,
+    labels: Any = None,
+    context: Any = None,
+    prompts: Any = None,
+    negative: Any = None,
+    text_encoder: Any = None,
+    size: Any = None,
     fractions: Sequence[float] | np.ndarray | None = None,
     plan: Plan | None = None,
     steps: int | str | Sequence[float | int] | np.ndarray = 50,
@@ -313,8 +322,6 @@ def prepare(
     check_key(key)
     cards = [network.card for network in networks]
     card, schedule = cards[-1], networks[-1].schedule
-    checked_labels = check_labels(labels, cards)
-    shape = (len(checked_labels[0]), *card.image_shape)
     knots = make_knots(schedule, steps, spacing)
 
     eta = None if eta is None else check_number("eta", eta)
@@ -353,6 +360,10 @@ def prepare(
                 )
 
     scales = check_scales(cfg_scale, len(networks), knots.steps)
+    coder = autoencoder if decode else None
+    if decode:
+        check_autoencoder(networks[-1], autoencoder)
+    image_shape = check_size(size, networks, 1 if coder is None else coder.factor)
     allowed = range(1, card.image_shape[2] + 1)
     if cfg_channels is not None:
         if not isinstance(cfg_channels, int | np.integer) or cfg_channels not in allowed:
@@ -373,11 +384,13 @@ def prepare(
                 "auto_scale lets the first network guide the later ones, but there is only one"
             )
 
+    conditions = make_conditions(
+        cards, [scale is not None for scale in scales], labels=labels, context=context,
+        prompts=prompts, negative=negative, text_encoder=text_encoder,
+    )  # fmt: skip
+    shape = (len(conditions[0].given), *image_shape)
     if noise is not None:
-        noise = check_images("noise", noise, shape, "one per label")
-    if decode:
-        check_autoencoder(networks[-1], autoencoder)
-    coder = autoencoder if decode else None
+        noise = check_images("noise", noise, shape, "one an image")
     mesh = parallel.mesh_of(*networks, coder)
     start, left = check_start(start, strength, knots.steps, shape, coder)
     if left < knots.steps:
@@ -421,7 +434,7 @@ def prepare(
             ),
             knots,
             place(np.arange(shape[0], dtype=np.int32)),
-            tuple(place(own) for own in checked_labels),
+            tuple(Condition(*map(place, own)) for own in conditions),
             None if eta is None else np.float32(eta),
             place(noise),
             place(start),
@@ -430,12 +443,11 @@ def prepare(
         static=dict(
             denoiser=_assemble(
                 tuple(denoisers),
-                tuple(each.num_classes for each in cards),
                 tuple(cfg_channels or each.guidance_channels for each in cards),
                 cfg_rescale,
             ),
             solver=solver,
-            shape=card.image_shape,
+            shape=image_shape,
             encoder=None if coder is None or start is None else _encode_mean(coder.encode),
             decoder=None if coder is None else coder.decode,
             finish=to_images if decode else None,
@@ -461,7 +473,12 @@ def sample(
     key: Key,
     networks: Sequence[Network],
     *,
-    labels: Any,
+    labels: Any = None,
+    context: Any = None,
+    prompts: Any = None,
+    negative: Any = None,
+    text_encoder: Any = None,
+    size: Any = None,
     fractions: Sequence[float] | np.ndarray | None = None,
     plan: Plan | None = None,
     steps: int | str | Sequence[float | int] | np.ndarray = 50,
@@ -498,8 +515,17 @@ def sample(
     Args:
         key: A JAX PRNG key.
         networks: From the one that takes the first, noisy steps to the one that takes the last.
-        labels: B class labels, 0 to ``num_classes - 1``; or such a list for each network, where
-            their classes differ.
+        labels: B class labels, 0 to ``num_classes - 1``, of the networks that have classes; or a
+            list of such lists, one for each of these, where their classes differ.
+        context: What the other networks are conditioned on, float32 ``[B, L, D]``; or a list of
+            such arrays, one for each of these, where they differ. Any length L will do.
+        prompts: B texts instead, of which ``text_encoder`` makes the contexts.
+        negative: What the unconditional half of guidance is given: beside prompts a text, or B
+            (no text unless given); beside a context another one, for one image or B.
+        text_encoder: What ``ts.load`` returns of ``card.text_encoder``; or a list with one for each
+            network that takes a context. It runs before the sampler, in a program of its own.
+        size: Height and width of what is returned, images or, with ``decode=False``, latents, where
+            networks take other sizes than their cards'; Stable Diffusion takes any multiples of 64.
         fractions: Each network's share of the trajectory, summing to 1 (``Plan.from_fractions``).
         plan: A plan instead of fractions. A single network needs neither.
         steps: Number of steps N, a spec such as ``"ddim50"``, or the falling list of times
@@ -547,8 +573,9 @@ def sample(
     if callback is not None and not callable(callback):
         raise ValueError(f"callback must be a function of a step, got {shown(callback)}")
     return prepare(
-        key, networks, labels=labels, fractions=fractions, plan=plan, steps=steps, spacing=spacing,
-        solver=solver, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels,
+        key, networks, labels=labels, context=context, prompts=prompts, negative=negative,
+        text_encoder=text_encoder, size=size, fractions=fractions, plan=plan, steps=steps,
+        spacing=spacing, solver=solver, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels,
         cfg_rescale=cfg_rescale, cfg_interval=cfg_interval, auto_scale=auto_scale, noise=noise,
         start=start, strength=strength, autoencoder=autoencoder, decode=decode,
         return_trajectory=return_trajectory, return_predictions=return_predictions,

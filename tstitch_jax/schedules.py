@@ -18,17 +18,17 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}; {hint}")
 
 
-def _linear(t: int) -> np.ndarray:
-    """Ho et al. 2020: betas from 1e-4 to 0.02, scaled so that T does not change the process."""
-    return np.cumprod(1 - np.linspace(0.1 / t, 20 / t, t))
+def _linear(t: int, betas: Sequence[float]) -> np.ndarray:
+    """Ho et al. 2020: betas in equal steps, scaled so that T does not change the process."""
+    return np.cumprod(1 - np.linspace(betas[0] * 1000 / t, betas[1] * 1000 / t, t))
 
 
-def _scaled_linear(t: int) -> np.ndarray:
-    """Rombach et al. 2022: square roots of the betas in equal steps, 0.00085 to 0.012."""
-    return np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, t) ** 2 * 1000 / t)
+def _scaled_linear(t: int, betas: Sequence[float]) -> np.ndarray:
+    """Rombach et al. 2022: square roots of the betas in equal steps."""
+    return np.cumprod(1 - np.linspace(betas[0] ** 0.5, betas[1] ** 0.5, t) ** 2 * 1000 / t)
 
 
-def _cosine(t: int) -> np.ndarray:
+def _cosine(t: int, betas: Sequence[float]) -> np.ndarray:
     """Nichol & Dhariwal 2021, equation 17, with betas of at most 0.999."""
     alpha_bar = np.cos((np.arange(t + 1) / t + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.cumprod(1 - np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999))
@@ -36,8 +36,16 @@ def _cosine(t: int) -> np.ndarray:
 
 ALPHA_BARS = {"linear": _linear, "scaled_linear": _scaled_linear, "cosine": _cosine}
 
+BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
+"""First and last beta of 1000, as published; the latter are Stable Diffusion's."""
 
-def make_schedule(name: str, num_train_steps: int = 1000, zero_snr: bool = False) -> Schedule:
+
+def make_schedule(
+    name: str,
+    num_train_steps: int = 1000,
+    zero_snr: bool = False,
+    betas: Sequence[float] | None = None,
+) -> Schedule:
     """The forward process of a name.
 
     Args:
@@ -47,10 +55,13 @@ def make_schedule(name: str, num_train_steps: int = 1000, zero_snr: bool = False
         num_train_steps: T, the number of training times.
         zero_snr: Whether alpha is shifted and scaled so that the last time is pure noise, the
             first one staying as it is (Lin et al. 2024, arXiv:2305.08891, algorithm 1).
+        betas: First and last beta of ``"linear"`` or ``"scaled_linear"``, as of 1000 training
+            times, at most 0.02; those of ``BETAS`` unless given.
 
     Raises:
-        ValueError: If the name is unknown, T is below 21, where a linear beta would pass 1, or a
-            flow, which ends in pure noise anyway, is asked for ``zero_snr``.
+        ValueError: If the name is unknown, T is below 21, where a linear beta would pass 1, a
+            flow, which ends in pure noise anyway, is asked for ``zero_snr``, or the betas are not
+            as said.
 
     >>> round(float(make_schedule("linear").alpha[0] ** 2), 6)
     0.9999
@@ -59,6 +70,14 @@ def make_schedule(name: str, num_train_steps: int = 1000, zero_snr: bool = False
         raise ValueError(f"num_train_steps must be a whole number, got {num_train_steps!r}")
     if num_train_steps < 21:
         raise ValueError(f"num_train_steps must be at least 21, got {num_train_steps}")
+    if betas is not None:
+        numbers = np.asarray(betas)
+        fits = numbers.shape == (2,) and numbers.dtype.kind == "f"
+        if name not in BETAS or not fits or not 0 < numbers[0] <= numbers[1] <= 0.02:
+            raise ValueError(
+                "betas are a first and a last one that rise, above 0, at most 0.02, of the "
+                f"schedules {' and '.join(BETAS)}, got {betas!r:.60} for {name!r}"
+            )
     if name == "flow":
         if zero_snr:
             raise ValueError("zero_snr rescales alpha, but the schedule 'flow' ends at 0 already")
@@ -66,7 +85,7 @@ def make_schedule(name: str, num_train_steps: int = 1000, zero_snr: bool = False
         return Schedule(name, t, 1 - t, t)
     if name not in ALPHA_BARS:
         raise unknown("schedule", name, [*ALPHA_BARS, "flow"])
-    alpha_bar = ALPHA_BARS[name](num_train_steps)
+    alpha_bar = ALPHA_BARS[name](num_train_steps, betas or BETAS.get(name, ()))
     alpha = np.sqrt(alpha_bar)
     if zero_snr:
         alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))

@@ -251,6 +251,8 @@ def _open_way(config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict
     for name, network in zip(point.networks, networks, strict=True):
         if not isinstance(network, Network):
             raise ValueError(f"{name} draws no images")
+        if network.card.context is not None:
+            raise ValueError(f"{name} draws texts; a sweep is for networks that draw classes")
     coder = networks[-1].card.autoencoder
     coder = load(coder) if coder else None
     devices = 1 if mesh is None else mesh.shape[parallel.DATA]

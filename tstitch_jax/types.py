@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ Params = Any
 
 Cond = Any
 """A pytree of arrays with a leading batch axis that a denoiser is conditioned on, here int32
-``[B]`` class labels."""
+``[B]`` class labels or float32 ``[B, L, D]`` contexts."""
 
 Key = jax.Array
 """A typed PRNG key, as ``jax.random.key`` makes."""
@@ -102,12 +102,13 @@ class Features(NamedTuple):
 
     Attributes:
         pool: ``[B, D]``, its last layer before the classifier, pooled over the image.
-        logits: ``[B, K]``, of its classes; without a bias where the published measure has none.
+        logits: ``[B, K]``, of its classes, without a bias where the published measure has none;
+            None without classes.
         spatial: ``[B, S]``, an inner layer's values at every place, flattened; None without one.
     """
 
     pool: Float[Array, "b d"]
-    logits: Float[Array, "b k"]
+    logits: Float[Array, "b k"] | None = None
     spatial: Float[Array, "b s"] | None = None
 
 
@@ -120,6 +121,21 @@ Denoise = Callable[[jax.Array, Knots], Prediction]
 
 State = Any
 """A solver's own pytree, carried from step to step; ``()`` where it needs none."""
+
+
+class Tokenizer(NamedTuple):
+    """From texts to the numbers of tokens that a text encoder takes.
+
+    Attributes:
+        encode: ``texts -> ids``, NumPy int32 ``[B, T]``: start, text, end, and what fills it up. A
+            text that is too long is cut, with a warning that says what is left out.
+        files: The files it was made from, by name; they are kept in the folders of networks.
+        size: How many tokens there are.
+    """
+
+    encode: Callable[[Sequence[str]], np.ndarray]
+    files: Mapping[str, bytes]
+    size: int
 
 
 class Solver(NamedTuple):
@@ -154,7 +170,6 @@ class BaseCard:
         name: Its short name.
         architecture: The registered name of the Flax module, e.g. ``"dit"``.
         config: The keyword arguments of that module.
-        image_shape: ``(H, W, C)`` of its input.
         num_params: Number of parameters.
         macs: Multiply-adds of one forward pass of one image.
         source: Where it comes from: a file, a hub, or the command that trained it.
@@ -168,7 +183,6 @@ class BaseCard:
     name: str
     architecture: str
     config: dict[str, Any]
-    image_shape: tuple[int, int, int]
     num_params: int = 0
     macs: int = 0
     source: str = ""
@@ -183,50 +197,74 @@ class Card(BaseCard):
     """The card of a network that denoises images, or the latents of an autoencoder.
 
     Attributes:
+        image_shape: ``(H, W, C)`` of its input.
         target: What its output is: ``"eps"``, ``"v"``, ``"x0"`` or ``"flow"``.
         learned_variance: Whether a second half of the output channels holds the variance.
         schedule: The arguments of ``make_schedule``.
-        num_classes: Number of classes; the null label of guidance is this number itself.
+        num_classes: Number of classes; the null label of guidance is this number itself. 0 for a
+            network that is conditioned on a context.
+        context: ``(L, D)``, length and width of the contexts that it is conditioned on, such as
+            encoded texts; None with classes.
         class_names: Their names, or empty.
         guidance_channels: How many of the first channels guidance acts on by default; None for all.
         autoencoder: The name of the autoencoder whose latents it denoises; empty for images.
+        text_encoder: The name of the text encoder that makes its contexts; empty without one.
         consistency: Whether it was distilled to a consistency network, whose x0 is a sample.
     """
 
+    image_shape: tuple[int, int, int]
     target: str
     learned_variance: bool
     schedule: dict[str, Any]
     num_classes: int
+    context: tuple[int, int] | None = None
     class_names: tuple[str, ...] = ()
     guidance_channels: int | None = None
     autoencoder: str = ""
+    text_encoder: str = ""
     consistency: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderCard(BaseCard):
-    """The card of an autoencoder, whose ``image_shape`` is that of the images it was trained on.
+    """The card of an autoencoder.
 
     Attributes:
+        image_shape: ``(H, W, C)`` of the images it was trained on.
         scaling_factor: What the encoder's output is multiplied by to give latents.
     """
 
+    image_shape: tuple[int, int, int]
     scaling_factor: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureCard(BaseCard):
-    """The card of a network whose features images are compared in.
-
-    Its ``image_shape`` is that of the images it was trained on.
+    """The card of a network whose features images are compared in, with each other or with texts.
 
     Attributes:
-        num_classes: Number of its classes.
+        image_shape: ``(H, W, C)`` of the images it was trained on.
+        num_classes: Number of its classes; 0 of one that knows texts instead.
         class_names: Their names, or empty.
+        tokenizer_checksum: As of ``TextEncoderCard``; empty of one that knows no texts.
     """
 
+    image_shape: tuple[int, int, int]
     num_classes: int
     class_names: tuple[str, ...] = ()
+    tokenizer_checksum: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEncoderCard(BaseCard):
+    """The card of a network that makes contexts of texts, for others to be conditioned on.
+
+    Attributes:
+        tokenizer_checksum: SHA-256 of the text with one line ``"SHA-256  NAME"`` for each file of
+            its tokenizer, in order of name.
+    """
+
+    tokenizer_checksum: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -240,6 +278,8 @@ class Network:
         schedule: The forward process it was trained on.
         rows: How many rows a TPU's fast memory holds the activations of, above which ``sample``
             lets it work in pieces; None for any number. Guidance asks for two rows an image.
+        multiple: What divides the height and width of its inputs; None where it takes those of its
+            card alone.
     """
 
     denoiser: Denoiser
@@ -247,6 +287,7 @@ class Network:
     card: Card
     schedule: Schedule
     rows: int | None = None
+    multiple: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -282,9 +323,37 @@ class FeatureNetwork:
         params: Its parameters, a nested dict.
         card: What it is.
         dtype: What it computes in, ``"float32"`` or ``"bfloat16"``.
+        embed: ``(params, ids) -> vectors`` of texts, int32 ``[B, T]`` to float32 ``[B, D]``, in the
+            space of the pooled features; None of a network that knows no texts.
+        tokenizer: What makes ``ids`` of texts; None without ``embed``.
     """
 
     extract: Callable[[Params, jax.Array], Features]
     params: Params
     card: FeatureCard
     dtype: str = "float32"
+    embed: Callable[[Params, jax.Array], jax.Array] | None = None
+    tokenizer: Tokenizer | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """The way from texts to contexts that a denoiser is conditioned on.
+
+    ``encoder.encode(encoder.params, encoder.tokenizer.encode(texts))`` is the context of texts.
+
+    Attributes:
+        encode: ``(params, ids) -> context``: int32 ``[B, T]`` to float32 ``[B, T, D]``.
+        params: Its parameters, a nested dict.
+        card: What it is.
+        tokens: T, the length of a text.
+        width: D.
+        tokenizer: What makes ``ids`` of texts; None where they come from elsewhere.
+    """
+
+    encode: Callable[[Params, jax.Array], jax.Array]
+    params: Params
+    card: TextEncoderCard
+    tokens: int
+    width: int
+    tokenizer: Tokenizer | None = None

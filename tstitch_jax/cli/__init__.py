@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from tstitch_jax.cli import calibration, evaluation, networks, sampling, sweep
 from tstitch_jax.cli.completion import PrintCompletion
 from tstitch_jax.cli.devices import keep_programs, leave_hosts
-from tstitch_jax.cli.text import printable, whole
+from tstitch_jax.cli.text import number, printable, whole
 from tstitch_jax.schedules import unknown
 
 
@@ -95,6 +95,10 @@ def make_parser() -> argparse.ArgumentParser:
         plan="a row for a plan that ts.Plan.save wrote",
         labels="one a column (default: ten)",
     )
+    sub.add_argument("--start", metavar="FILE",
+                     help="an image to start from, scaled and cut to the size")  # fmt: skip
+    sub.add_argument("--strength", type=number, metavar="S",
+                     help="how far to change it, above 0, at most 1")  # fmt: skip
     sub.add_argument("--out", default="samples.png", metavar="FILE",
                      help="the picture (default: samples.png)")  # fmt: skip
 
@@ -163,7 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="plan.json", metavar="FILE",
                      help="the plan, for --plan (default: plan.json)")  # fmt: skip
     sub.add_argument("--picture", metavar="FILE", help="a PNG: damage by step, and the front")
-    sampling.add_options(sub, labels="in turn (default: all)", autoencoder=False)
+    sampling.add_options(sub, labels="in turn (default: all)", decodes=False)
 
     sub = command(
         "sweep", sweep.sweep_command,
@@ -204,18 +208,22 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "source",
         metavar="SRC",
-        help=".pt, .pth, .ckpt, .bin, .safetensors or *.index.json, or the folder of a diffusers "
-        "network; nothing in it is run",
+        help=".pt, .pth, .ckpt, .bin, .safetensors or *.index.json, or a folder of diffusers "
+        "or transformers; nothing in it is run",
     )
     sub.add_argument("out", metavar="OUT", help="the folder to write")
     sub.add_argument(
         "--family",
         metavar="NAME",
-        help="dit, sit, autoencoder or inception (default: told from the tensors' names, where a "
-        "SiT counts as a dit)",
+        help="dit, sit, autoencoder, inception, text_encoder or clip (default: told from the "
+        "tensors' names, where a SiT counts as a dit)",
     )
     sub.add_argument("--num-heads", type=whole(1), metavar="N",
                      help="attention heads, for a network of no published size")  # fmt: skip
+    sub.add_argument("--tokenizer", metavar="FOLDER",
+                     help="of a text encoder (default: the one beside it)")  # fmt: skip
+    sub.add_argument("--lora", action="append", nargs="+", default=[], metavar=("FILE", "WEIGHT"),
+                     help="merge a LoRA file, as strongly as WEIGHT (default: 1)")  # fmt: skip
     sub.add_argument("--license", default="", metavar="TEXT", help="what the card says of it")
     sub.add_argument("--force", action="store_true", help="replace a network folder at OUT")
 

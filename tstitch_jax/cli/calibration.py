@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tstitch_jax.cli.sampling import load_networks, options_of
-from tstitch_jax.cli.text import class_labels, printable, table
+from tstitch_jax.cli.sampling import asked_of, load_networks, options_of
+from tstitch_jax.cli.text import printable, table
 
 if TYPE_CHECKING:
     from tstitch_jax.calibration import Calibration, Choice
@@ -77,11 +77,11 @@ def calibrate_command(arguments: argparse.Namespace) -> None:
         if check_png(arguments.picture).resolve() == Path(arguments.out).resolve():
             raise ValueError("--out and --picture are one file; give two")
     networks = load_networks(arguments)
-    labels = arguments.labels and class_labels(arguments.labels, networks[-1].card)
     found = calibrate(
         jax.random.key(arguments.seed), networks, tolerance=arguments.tolerance,
-        budget=arguments.budget, free=arguments.free, labels=labels,
-        conditions=arguments.conditions, costs=arguments.costs, **options_of(arguments),
+        budget=arguments.budget, free=arguments.free, conditions=arguments.conditions,
+        costs=arguments.costs, **asked_of(arguments, networks, all_labels=True),
+        **options_of(arguments),
     )  # fmt: skip
     found.save(arguments.out)
     if arguments.picture:

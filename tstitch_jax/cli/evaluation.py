@@ -19,8 +19,10 @@ def add_options(sub: argparse.ArgumentParser) -> None:
                      help=".npz, folder, tfds:NAME:SPLIT or FILE.npz:ARRAY")  # fmt: skip
     sub.add_argument("reference", metavar="REFERENCE", nargs="?",
                      help="the same, or an .npz with mu, sigma, mu_s, sigma_s")  # fmt: skip
-    sub.add_argument("--features", default="inception", metavar="NAME",
-                     help="inception (default), fashion, or a folder")  # fmt: skip
+    sub.add_argument("--features", metavar="NAME",
+                     help="inception (default), fashion, clip-vit-..., or a folder")  # fmt: skip
+    sub.add_argument("--prompts", metavar="FILE",
+                     help="each sample's text, one a line, for the CLIP score")  # fmt: skip
     sub.add_argument(
         "--metrics", nargs="+", metavar="NAME",
         help=f"{', '.join(METRICS)} (default: all but fid_infinity)",
@@ -52,7 +54,8 @@ def _load(name: str, dtype: Any) -> Any:
     network = hub.load(name, dtype, mesh=make_mesh(devices=jax.local_devices()))
     if not isinstance(network, FeatureNetwork):
         raise ValueError(
-            f"{name} is no feature network; give inception, fashion, or the folder of one"
+            f"{name} is no feature network; give inception, fashion, clip-vit-large-patch14, or "
+            "the folder of one"
         )
     return network
 
@@ -84,7 +87,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from tstitch_jax import hub
-    from tstitch_jax.evaluation import evaluate, open_source
+    from tstitch_jax.evaluation import evaluate, open_source, read_prompts
     from tstitch_jax.files import check_writable
 
     # What is wrong with the sets is said before a network is downloaded.
@@ -92,6 +95,13 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         spec and open_source(spec, skip_broken=arguments.skip_broken)
         for spec in (arguments.samples, arguments.reference)
     ]
+    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    usual = "inception" if prompts is None else "clip-vit-large-patch14"
+    if prompts is not None and sources[0].count != len(prompts):
+        raise ValueError(
+            f"{arguments.prompts} has {len(prompts)} lines, {sources[0].name} "
+            f"{sources[0].count} images; write one prompt a line, in the images' order"
+        )
     if arguments.out is not None:
         out = Path(arguments.out)
         for source in filter(None, sources):
@@ -100,8 +110,9 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         check_writable(out)
     result = evaluate(
         *sources,
-        features=_load(arguments.features, getattr(jnp, arguments.dtype)),
+        features=_load(arguments.features or usual, getattr(jnp, arguments.dtype)),
         metrics=arguments.metrics,
+        prompts=prompts,
         num=arguments.num,
         batch=arguments.batch,
         statistics=arguments.save_statistics,

@@ -26,7 +26,7 @@ def networks_command(arguments: argparse.Namespace) -> None:
     for name, card in known.items():
         where = "here" if isinstance(card, BaseCard) or hub.is_cached(name) else "download"
         classes = str(getattr(card, "num_classes", 0) or "-")
-        shape = "x".join(map(str, card.image_shape))
+        shape = "x".join(map(str, getattr(card, "image_shape", ()))) or "text"
         rows.append(
             [name, count(card.num_params), count(card.macs), shape, classes, where,
              card.license, card.source, card.data]
@@ -41,14 +41,26 @@ def networks_command(arguments: argparse.Namespace) -> None:
     )
 
 
+def _lora(values: list[str]) -> tuple[str, float]:
+    """A file and its weight."""
+    try:
+        file, weight = values if len(values) > 1 else (*values, "1")
+        return file, float(weight)
+    except ValueError:
+        raise ValueError(f"--lora takes FILE and WEIGHT, got {' '.join(values)}") from None
+
+
 def convert_command(arguments: argparse.Namespace) -> None:
     from checkpoints_convert import convert
 
+    loras = [_lora(values) for values in arguments.lora]
     card = convert(
         arguments.source,
         arguments.out,
         family=arguments.family,
         num_heads=arguments.num_heads,
+        tokenizer=arguments.tokenizer,
+        loras=loras,
         license=arguments.license,
         force=arguments.force,
     )
@@ -56,12 +68,15 @@ def convert_command(arguments: argparse.Namespace) -> None:
     print(f"{card.architecture}: {config}")
     if isinstance(card, Card):
         shape = "x".join(map(str, card.image_shape))
+        of = f"{card.num_classes} classes"
+        if card.context is not None:
+            of = f"contexts of {card.text_encoder or 'width ' + str(card.context[1])}"
         print(
-            f"{shape} inputs, {card.num_classes} classes, target {card.target}, schedule "
+            f"{shape} inputs, {of}, target {card.target}, schedule "
             f"{card.schedule['name']}, guidance on {card.guidance_channels or 'all'} channels, "
             f"latents of {card.autoencoder or 'no autoencoder'}"
         )
-        if card.config["variant"] == "dit":
+        if card.config.get("variant") == "dit":
             print("A SiT has the same tensors: if it is one, give --family sit.")
     print(f"{count(card.num_params)} parameters, SHA-256 {card.source_checksum}\n{arguments.out}")
 

@@ -23,11 +23,12 @@ REPEATS = 3
 
 def add_options(
     sub: argparse.ArgumentParser, *, labels: str, fractions: str = "", plan: str = "",
-    autoencoder: bool = True,
+    decodes: bool = True,
 ) -> None:  # fmt: skip
     """The options of everything that samples, with what three of them mean to the command.
 
-    Without a meaning ``fractions`` and ``plan`` are left out, and so is the autoencoder if asked.
+    Without a meaning ``fractions`` and ``plan`` are left out; without ``decodes`` so is what
+    concerns decoded images.
     """
     sub.add_argument(
         "--networks", nargs="+", default=list(EMBEDDED_PAIR), metavar="NAME",
@@ -60,7 +61,9 @@ def add_options(
                      help="autoguidance of the later networks by the first")  # fmt: skip
     sub.add_argument("--labels", nargs="+", metavar="LABEL",
                      help=f"numbers or names, {labels}")  # fmt: skip
-    if autoencoder:
+    if decodes:
+        sub.add_argument("--size", nargs=2, type=whole(1), metavar=("H", "W"),
+                         help="of the images (default: as the card says)")  # fmt: skip
         sub.add_argument("--autoencoder", metavar="NAME",
                          help="what decodes latents (default: as the card says)")  # fmt: skip
     sub.add_argument("--seed", type=whole(0, 2**32 - 1), default=0,
@@ -69,6 +72,13 @@ def add_options(
         "--dtype", choices=("float32", "bfloat16"), default="float32", metavar="TYPE",
         help="float32 (default) or bfloat16, to compute in",
     )  # fmt: skip
+    sub.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT",
+                     help="texts, of networks that are conditioned on them")  # fmt: skip
+    sub.add_argument("--prompts", metavar="FILE", help="a file with a text a line")
+    sub.add_argument("--negative", default="", metavar="TEXT",
+                     help="what guidance leads away from (default: no text)")  # fmt: skip
+    sub.add_argument("--text-encoder", nargs="+", metavar="NAME",
+                     help="what encodes texts (default: as the cards say)")  # fmt: skip
 
 
 def _dtype(arguments: argparse.Namespace) -> Any:
@@ -105,11 +115,70 @@ def _load(arguments: argparse.Namespace, mesh: Any = None) -> tuple[list[Any], A
         ) from None
 
 
+def _prompts(arguments: argparse.Namespace) -> list[str] | None:
+    """The texts of ``--prompt`` or of the lines of ``--prompts``."""
+    if arguments.prompts is None:
+        return arguments.prompt
+    if arguments.prompt:
+        raise ValueError("give --prompt or --prompts, not both")
+    try:
+        lines = Path(arguments.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the texts {arguments.prompts}: {error}") from None
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"{arguments.prompts} has no texts, which are one a line")
+    return texts
+
+
+def asked_of(
+    arguments: argparse.Namespace, networks: Sequence[Network], mesh: Any = None,
+    all_labels: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """What is asked for: labels, prompts with their encoders, or both.
+
+    Without labels there are ten, or, with ``all_labels``, none, which means all.
+    """
+    import jax.numpy as jnp
+
+    import tstitch_jax as ts
+
+    prompts = _prompts(arguments)
+    takes_texts = [n.card for n in networks if n.card.context is not None]
+    classes = [n.card for n in networks if n.card.context is None]
+    asked: dict[str, Any] = {}
+    if classes:
+        chosen = arguments.labels
+        if chosen is None and prompts and takes_texts:
+            raise ValueError(f"{classes[0].name} is conditioned on classes; give --labels too")
+        wanted = chosen or not all_labels
+        asked["labels"] = class_labels(chosen, classes[-1]) if wanted else None
+    elif arguments.labels:
+        raise ValueError(f"{networks[0].card.name} has no classes; give --prompt, not --labels")
+    if not takes_texts:
+        if prompts or arguments.negative or arguments.text_encoder:
+            raise ValueError(
+                f"{networks[0].card.name} is conditioned on classes; give --labels, not texts"
+            )
+        return asked
+    if prompts is None:
+        raise ValueError(f"{takes_texts[0].name} is conditioned on texts; give --prompt TEXT")
+    names = arguments.text_encoder or [card.text_encoder for card in takes_texts]
+    names = names * len(takes_texts) if len(names) == 1 else names
+    if "" in names:
+        unsaid = takes_texts[names.index("")].name
+        raise ValueError(f"the card of {unsaid} names no text encoder; give --text-encoder NAME")
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[arguments.dtype]
+    loaded = {name: ts.load(name, dtype, mesh=mesh) for name in dict.fromkeys(names)}
+    encoders = [loaded[name] for name in names]
+    return asked | dict(prompts=prompts, negative=arguments.negative, text_encoder=encoders)
+
+
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is passed on as it is."""
     same = ("spacing", "solver", "eta", "cfg_scale", "cfg_channels", "cfg_rescale", "cfg_interval",
-            "auto_scale")  # fmt: skip
-    options = {name: getattr(arguments, name) for name in same}
+            "auto_scale", "size")  # fmt: skip
+    options = {name: getattr(arguments, name) for name in same if hasattr(arguments, name)}
     return options | {"steps": arguments.times or arguments.steps}
 
 
@@ -138,9 +207,9 @@ def generate_command(arguments: argparse.Namespace) -> None:
     with others_may_fail():
         mesh = make_mesh(arguments.model_devices, jax.local_devices())
         networks, autoencoder = _load(arguments, mesh)
-        labels = arguments.labels and class_labels(arguments.labels, networks[-1].card)
+        asked = asked_of(arguments, networks, mesh, all_labels=True)
         path = generate(
-            arguments.out, networks, num=arguments.num, seed=arguments.seed, labels=labels,
+            arguments.out, networks, num=arguments.num, seed=arguments.seed, **asked,
             batch=arguments.batch, png=arguments.png, autoencoder=autoencoder,
             host_timeout=arguments.host_timeout, **_one_plan(arguments), **options_of(arguments),
         )  # fmt: skip
@@ -153,8 +222,8 @@ def export_command(arguments: argparse.Namespace) -> None:
 
     networks, autoencoder = _load(arguments)
     export(
-        arguments.out, networks, labels=class_labels(arguments.labels, networks[-1].card),
-        seed=arguments.seed, platforms=arguments.platforms, autoencoder=autoencoder,
+        arguments.out, networks, **asked_of(arguments, networks), seed=arguments.seed,
+        platforms=arguments.platforms, autoencoder=autoencoder,
         **_one_plan(arguments), **options_of(arguments),
     )  # fmt: skip
     size = Path(arguments.out).stat().st_size
@@ -181,6 +250,24 @@ def _rows(networks: Sequence[Network], arguments: argparse.Namespace) -> list[An
     raise ValueError(f"give --fractions or --plan for the {len(networks)} networks")
 
 
+def _start(
+    arguments: argparse.Namespace, card: Any, autoencoder: Any, images: int
+) -> dict[str, Any]:
+    """The picture to start from, as often as there are images; nothing without one."""
+    import numpy as np
+
+    from tstitch_jax.pictures import read_picture
+
+    if arguments.start is None:
+        return {} if arguments.strength is None else {"strength": arguments.strength}
+    factor = 1 if autoencoder is None else autoencoder.factor
+    height, width = arguments.size or (factor * n for n in card.image_shape[:2])
+    picture = read_picture(arguments.start, height, width)
+    if (card.image_shape[2] if autoencoder is None else autoencoder.card.image_shape[2]) == 1:
+        picture = picture.mean(axis=2, keepdims=True)
+    return {"start": np.repeat(picture[None], images, axis=0), "strength": arguments.strength}
+
+
 def sample_command(arguments: argparse.Namespace) -> None:
     import jax
     import numpy as np
@@ -191,20 +278,24 @@ def sample_command(arguments: argparse.Namespace) -> None:
     networks, autoencoder = _load(arguments)
     card = networks[-1].card
     names = [n.card.name for n in networks]
-    labels = class_labels(arguments.labels, card)
+    asked = asked_of(arguments, networks)
+    texts, labels = asked.get("prompts"), asked.get("labels")
+    origin = _start(arguments, card, autoencoder, len(texts or labels or ()))
 
     def request(**who: Any) -> pipeline.Sampling:
         return pipeline.prepare(
             jax.random.key(arguments.seed),
             networks,
-            labels=labels,
             autoencoder=autoencoder,
+            **asked,
+            **origin,
             **options_of(arguments),
             **who,
         )
 
     rows = _rows(networks, arguments)
     requests = [request(**who) for _, who in rows]
+    columns = texts or [card.class_names[k] if card.class_names else str(k) for k in labels or ()]
     out = pictures.check_png(arguments.out)
     # The dearest network alone is what the speed-up is measured against, drawn or not.
     dearest = max(range(len(networks)), key=lambda k: (networks[k].card.macs, k))
@@ -235,7 +326,7 @@ def sample_command(arguments: argparse.Namespace) -> None:
     speedups = [medians[baseline] / t for t in medians]
 
     lines = [
-        [label, s.plan.describe(names), f"{t:.2f} s", f"{len(labels) / t:.1f}", f"{u:.2f}x"]
+        [label, s.plan.describe(names), f"{t:.2f} s", f"{len(columns) / t:.1f}", f"{u:.2f}x"]
         for (label, _), s, t, u in zip(rows, requests, medians, speedups, strict=False)
     ]
     guided = "unguided" if arguments.cfg_scale is None else f"guidance {arguments.cfg_scale:g}"
@@ -250,14 +341,14 @@ def sample_command(arguments: argparse.Namespace) -> None:
         title = f"{' + '.join(names)}: fraction of each"
     footer = (
         f"{arguments.solver}, {requests[0].plan.steps} steps, {guided}, seed {arguments.seed}, "
-        f"{jax.default_backend()}; {len(labels)} images a row. "
+        f"{jax.default_backend()}; {len(columns)} images a row. "
         f"Time of a row without compilation; one compilation of {compile_time:.1f} s serves all."
     )
     picture = pictures.grid(
         np.stack(images[: len(rows)]),
         [f"{f}\n{t:.2f} s\n{u:.2f}x" for (f, *_), t, u in
          zip(lines, medians, speedups, strict=False)],
-        [card.class_names[k] if card.class_names else str(k) for k in labels],
+        [text if len(text) < 40 else f"{text[:37]}..." for text in columns],
         title=title,
         footer=footer,
     )  # fmt: skip

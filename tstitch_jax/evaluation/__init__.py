@@ -1,5 +1,6 @@
 """Measures of image quality: samples against a reference, in a network's features."""
 
+from tstitch_jax.evaluation.clip_score import ClipScore, embed_texts, read_prompts
 from tstitch_jax.evaluation.frechet import frechet_distance
 from tstitch_jax.evaluation.inception_score import InceptionScore
 from tstitch_jax.evaluation.infinity import distance_at_infinity
@@ -12,11 +13,13 @@ from tstitch_jax.evaluation.statistics import Moments
 
 __all__ = [
     "METRICS",
+    "ClipScore",
     "Evaluation",
     "InceptionScore",
     "Moments",
     "Source",
     "distance_at_infinity",
+    "embed_texts",
     "evaluate",
     "frechet_distance",
     "kernel_distance",
@@ -25,4 +28,5 @@ __all__ = [
     "nearest",
     "open_source",
     "precision_recall",
+    "read_prompts",
 ]

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tstitch_jax import pictures
+from tstitch_jax.evaluation.clip_score import ClipScore, embed_texts
 from tstitch_jax.evaluation.features import (
     BLOCK,
     UNIT,
@@ -49,6 +50,7 @@ class _Measured:
     score: InceptionScore
     pools: list[np.ndarray]
     right: int
+    fit: ClipScore | None
 
     @functools.cached_property
     def features(self) -> np.ndarray:
@@ -59,10 +61,15 @@ class _Measured:
 
 
 def _measure(
-    source: Source, num: int, wanted: set[str], extract: Extractor, kept: Kept, progress: bool
-) -> _Measured:
-    """One pass over the first ``num`` images, for what the wanted measures need of them."""
-    result = _Measured(source, 0, "", Moments(), Moments(), InceptionScore(), [], 0)
+    source: Source, num: int, wanted: set[str], texts: np.ndarray | None = None, *,
+    extract: Extractor, kept: Kept, progress: bool,
+) -> _Measured:  # fmt: skip
+    """One pass over the first ``num`` images, for what the wanted measures need of them.
+
+    ``texts`` are the vectors of their prompts.
+    """
+    fit = None if texts is None else ClipScore(texts)
+    result = _Measured(source, 0, "", Moments(), Moments(), InceptionScore(), [], 0, fit)
     card = extract.network.card
     digest = hashlib.sha256(f"{source.shape}".encode())
     name = "".join(c if c.isprintable() else "?" for c in source.name[-30:])
@@ -80,13 +87,20 @@ def _measure(
                 result.moments.add(found.pool)
             if wanted & {"sfid", "statistics"} and found.spatial is not None:
                 result.spatial.add(found.spatial)
-            if "is" in wanted:
+            if "is" in wanted and found.logits is not None:
                 result.score.add(found.logits)
             if wanted & {"precision", "recall", "kid", "fid_infinity", "picture"}:
                 result.pools.append(np.asarray(found.pool))
-            if "accuracy" in wanted and source.labels is not None:
+            if "accuracy" in wanted and source.labels is not None and found.logits is not None:
                 labels = source.labels[result.num : result.num + len(pixels)]
                 result.right += int((found.logits.argmax(-1) == labels).sum())
+            if result.fit is not None:
+                if source.skipped:
+                    raise ValueError(
+                        f"{source.skipped[0]} is broken: without it the prompts are not those of "
+                        "the images; mend it, or remove it and its prompt"
+                    )
+                result.fit.add(found.pool)
             result.num += len(pixels)
             bar.update(len(pixels))
     result.digest = digest.hexdigest()
@@ -153,6 +167,9 @@ def _values(
     if "is" in chosen:
         values["is"], spread = made.score.result()
         errors |= {"is": spread} if made.num > SPLIT else {}
+    if "clip_score" in chosen and made.fit is not None:
+        values["clip_score"], error = made.fit.result()
+        errors |= {"clip_score": error} if made.num > 1 else {}
     if "accuracy" in chosen:
         values["accuracy"] = made.right / made.num
     if beside is not None and "kid" in chosen:
@@ -185,7 +202,7 @@ def _description(source: Source, measured: _Measured | None) -> dict[str, Any]:
 
 def _report(
     request: Request, made: _Measured, beside: _Measured | None,
-    values: dict[str, float], errors: dict[str, float],
+    values: dict[str, float], errors: dict[str, float], cut: int,
 ) -> Evaluation:  # fmt: skip
     network, reference = request.network, request.reference
     name, leaf = network.card.name, jax.tree.leaves(network.params)[0]
@@ -210,9 +227,15 @@ def _report(
             "jax": jax.__version__,
             "neighbours": NEIGHBOURS,
             "split": SPLIT,
+            **({} if request.prompts is None else {"prompts": _digest(request.prompts)}),
         },
-        notes=list(notes(request.metrics, samples, against, network.card, size)),
+        notes=list(notes(request.metrics, samples, against, network.card, size, cut)),
     )
+
+
+def _digest(prompts: Sequence[str]) -> str:
+    """SHA-256 of the prompts as a file has them."""
+    return hashlib.sha256("".join(f"{prompt}\n" for prompt in prompts).encode()).hexdigest()
 
 
 def _check_statistics(path: Path, request: Request) -> None:
@@ -276,6 +299,7 @@ def evaluate(
     *,
     features: FeatureNetwork,
     metrics: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
     num: int | None = None,
     batch: int = UNIT,
     skip_broken: bool = False,
@@ -289,7 +313,8 @@ def evaluate(
     With the Inception network (``ts.load("inception")``): FID (Heusel et al. 2017), sFID (Nash et
     al. 2021), KID (Binkowski et al. 2018), Inception Score (Salimans et al. 2016, in splits of
     5000), precision and recall (Kynkaanniemi et al. 2019, k = 3). With another network the same in
-    its features, under other names, and its accuracy on the labels of the samples.
+    its features, under other names, and its accuracy on the labels of the samples. With CLIP
+    (``ts.load("clip-vit-large-patch14")``) and prompts also the CLIP score (Hessel et al. 2021).
 
     The values do not depend on ``batch`` or the number of devices.
 
@@ -300,6 +325,7 @@ def evaluate(
             the Frechet distances; None for what needs none.
         features: The feature network, on a device or copied onto a mesh.
         metrics: Of ``METRICS``; by default all that these sets allow, without ``"fid_infinity"``.
+        prompts: The text that each sample was made of, in the samples' order.
         num: Only the first so many samples.
         batch: Images that a device is given ahead, rounded up to a multiple of 32.
         skip_broken: Whether to leave out, and count, broken files of a folder.
@@ -325,7 +351,7 @@ def evaluate(
         return spec if isinstance(spec, Source) else open_source(spec, skip_broken=skip_broken)
 
     theirs = None if reference is None else opened(reference, "the reference")
-    request = check_request(opened(samples, "samples"), theirs, features, metrics, num)
+    request = check_request(opened(samples, "samples"), theirs, features, metrics, num, prompts)
     if not request.metrics and statistics is None:
         raise ValueError(f"there is nothing to measure of {request.samples.name}")
     if statistics is not None:
@@ -341,7 +367,10 @@ def evaluate(
 
     extra = {"statistics": statistics, "picture": drawing}
     asked = {name for name, path in extra.items() if path is not None}
-    made = run(request.samples, request.num, {*request.metrics, *asked})
+    texts, cut = None, 0
+    if "clip_score" in request.metrics and prompts is not None:
+        texts, cut = embed_texts(features, prompts[: request.num])
+    made = run(request.samples, request.num, {*request.metrics, *asked}, texts)
     beside, of_reference = None, request.of_reference() | (asked & {"picture"})
     if theirs is not None and of_reference:
         key = features.card.checksum, features.dtype, frozenset(of_reference)
@@ -354,4 +383,4 @@ def evaluate(
     if drawing is not None and beside is not None:
         _draw(drawing, made, beside, features.card.name)
     kept.forget()
-    return _report(request, made, beside, values, errors)
+    return _report(request, made, beside, values, errors, cut)

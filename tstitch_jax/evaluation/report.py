@@ -27,6 +27,7 @@ NAMES = {
     "precision": ("precision", "precision", "precision"),
     "recall": ("recall", "recall", "recall"),
     "accuracy": ("accuracy", "accuracy", "accuracy on the labels"),
+    "clip_score": ("CLIP score", "clip_score", "CLIP score"),
 }
 """Each measure: what it is called with the Inception network, and with any other its key in
 results and its name, so that nobody takes the one for the other."""
@@ -42,7 +43,7 @@ class Evaluation:
     Attributes:
         metrics: The measures by key, as ``metric_key`` gives it.
         errors: Of some of them: the numerical error of distances, the standard error of the kernel
-            distance, the standard deviation of the score over its splits.
+            distance and of the CLIP score, the standard deviation of the score over its splits.
         samples, reference: Name, number of images, SHA-256 over their pixels, settings, what was
             skipped.
         features: Name, checksum, source and dtype of the feature network.
@@ -82,9 +83,12 @@ def metric_name(metric: str, features: str) -> str:
 
 def notes(
     metrics: Sequence[str], samples: dict[str, Any], reference: dict[str, Any] | None,
-    features: FeatureCard, size: int,
+    features: FeatureCard, size: int, cut: int = 0,
 ) -> Iterator[str]:  # fmt: skip
-    """What to know before these values, of ``size`` features, are compared with others."""
+    """What to know before these values, of ``size`` features, are compared with others.
+
+    ``cut`` is the number of prompts that were too long.
+    """
     num = samples["num"]
     if features.architecture == "inception" and not features.source_checksum.startswith(PUBLISHED):
         yield (
@@ -103,6 +107,8 @@ def notes(
                 f"{each['num']} images ({each['name']}) do not determine the covariance of {size} "
                 "features; the Frechet distance says little"
             )
+    if cut:
+        yield f"{cut} prompts were too long for {features.name}, which saw their beginning only"
     if "is" in metrics and samples["sorted"]:
         yield "the samples are sorted by class, which makes the score of each split a low one"
     if reference is not None and not reference["image_shape"] and distances:

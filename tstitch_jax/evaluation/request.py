@@ -19,6 +19,9 @@ _LEAST = {
 }  # fmt: skip
 """Images without which a measure has no value."""
 
+_OF_SAMPLES = ("is", "accuracy", "clip_score")
+"""Measures without a reference."""
+
 _MOMENTS = {"fid": "mu", "fid_infinity": "mu", "sfid": "mu_s"}
 """The statistics that take the place of a reference's images."""
 
@@ -33,6 +36,7 @@ class Request:
         metrics: The measures.
         num: How many samples.
         shapes: Of the features of one image.
+        prompts: A text for each sample, or None.
     """
 
     samples: Source
@@ -41,20 +45,24 @@ class Request:
     metrics: list[str]
     num: int
     shapes: Features
+    prompts: Sequence[str] | None = None
 
     def of_reference(self) -> set[str]:
         """The measures that need the reference's images."""
         known = {} if self.reference is None else self.reference.statistics
-        needed = {m for m in self.metrics if m not in ("is", "accuracy")}
+        needed = {m for m in self.metrics if m not in _OF_SAMPLES}
         return {m for m in needed if _MOMENTS.get(m) not in known}
 
 
 def _lacks(
-    metric: str, samples: Source, reference: Source | None, network: FeatureNetwork, spatial: bool
-) -> Iterator[str]:
+    metric: str, samples: Source, reference: Source | None, network: FeatureNetwork, spatial: bool,
+    prompts: Sequence[str] | None,
+) -> Iterator[str]:  # fmt: skip
     """Why a measure cannot be had."""
     card, labels = network.card, samples.labels
-    if metric == "accuracy":
+    if metric in ("is", "accuracy") and not card.num_classes:
+        yield f"{card.name} knows no classes"
+    elif metric == "accuracy":
         if labels is None:
             yield f"{samples.name} has no labels (arr_1)"
         elif not card.class_names:
@@ -63,6 +71,11 @@ def _lacks(
             yield f"the labels are {labels.min()} to {labels.max()}, {card.name} has " + str(
                 card.num_classes
             )
+    elif metric == "clip_score":
+        if network.embed is None or network.tokenizer is None:
+            yield f"{card.name} knows no texts, as clip-vit-large-patch14 does"
+        elif prompts is None:
+            yield "there are no prompts"
     elif metric != "is":
         if metric == "sfid" and not spatial:
             yield f"{card.name} has no spatial features"
@@ -93,7 +106,7 @@ def _check_statistics(reference: Source, network: FeatureNetwork, shapes: Featur
 
 def check_request(
     samples: Source, reference: Source | None, network: FeatureNetwork,
-    metrics: Sequence[str] | None, num: int | None,
+    metrics: Sequence[str] | None, num: int | None, prompts: Sequence[str] | None = None,
 ) -> Request:  # fmt: skip
     """What is to be measured.
 
@@ -102,6 +115,7 @@ def check_request(
         network: The feature network.
         metrics: The measures; None for all that can be had, without ``"fid_infinity"``.
         num: How many of the samples; None for all.
+        prompts: The text of each sample, for the CLIP score; or None.
 
     Raises:
         ValueError: If a set does not suit the network, or a measure cannot be had.
@@ -116,6 +130,12 @@ def check_request(
         raise ValueError(f"num must be a whole number of at least 1, got {num!r}")
     if num is not None and num > samples.count:
         raise ValueError(f"{samples.name} has {samples.count} images, fewer than the {num} wanted")
+    if prompts is not None and (isinstance(prompts, str) or len(prompts) != samples.count):
+        shown = repr(prompts)[:60] if isinstance(prompts, str) else len(prompts)
+        raise ValueError(
+            f"prompts must be one for each of the {samples.count} images of {samples.name}, in "
+            f"their order, got {shown}"
+        )
     num = samples.count if num is None else num
     sets = [(samples.name, num)]
     if reference is not None and reference.count:
@@ -126,7 +146,8 @@ def check_request(
         _check_statistics(reference, network, shapes)
 
     lacks = {
-        m: list(_lacks(m, samples, reference, network, shapes.spatial is not None)) for m in METRICS
+        m: list(_lacks(m, samples, reference, network, shapes.spatial is not None, prompts))
+        for m in METRICS
     }
     for metric in METRICS:
         least = _LEAST.get(metric, 1)
@@ -140,9 +161,11 @@ def check_request(
             raise ValueError(f"unknown measure {metric!r}; choose from {', '.join(METRICS)}")
         if lacks[metric]:
             raise ValueError(f"{metric} cannot be measured: {lacks[metric][0]}")
+    if prompts is not None and lacks["clip_score"]:
+        raise ValueError(f"prompts are of no use here: {lacks['clip_score'][0]}")
     default = [m for m in METRICS if not lacks[m] and m != "fid_infinity"]
     chosen = default if metrics is None else [m for m in METRICS if m in metrics]
     return Request(
         samples=samples, reference=reference, network=network, metrics=chosen, num=num,
-        shapes=shapes,
+        shapes=shapes, prompts=prompts,
     )  # fmt: skip

@@ -9,14 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.networks import autoencoder, classifier, dit, inception
+from tstitch_jax.networks import autoencoder, classifier, clip, dit, inception, unet
 from tstitch_jax.types import Params
 
 ARCHITECTURES: dict[str, type] = {
     "dit": dit.DiT,
-    "autoencoder": autoencoder.KLAutoencoder,
+    "unet": unet.UNet,
+    "autoencoder": autoencoder.LatentAutoencoder,
     "inception": inception.Inception,
     "classifier": classifier.Classifier,
+    "clip": clip.CLIP,
+    "clip_text": clip.TextTower,
 }
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -24,7 +27,8 @@ SIZES: dict[str, dict[str, Any]] = {
     for size, config in dit.SIZES.items()
     for patch in dit.PATCHES
 }
-"""The twelve published sizes: keyword arguments of ``DiT`` without its input and its classes."""
+"""The twelve published sizes: keyword arguments of ``DiT`` without its input and its classes. Those
+of U-Nets are ``unet.SIZES``."""
 
 
 def init_params(module: Any, key: jax.Array) -> Params:
@@ -63,7 +67,8 @@ def count_macs(function: Callable[..., Any], *arguments: Any) -> int:
                 total += size * math.prod(kernel.shape) // features
             for inner in equation.params.values():  # a call's own program, open or closed
                 inner = getattr(inner, "jaxpr", inner)
-                total += count(inner) if hasattr(inner, "eqns") else 0
+                repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
+                total += repeats * count(inner) if hasattr(inner, "eqns") else 0
             # Of a choice one branch runs.
             branches = equation.params.get("branches", ())
             total += max((count(branch.jaxpr) for branch in branches), default=0)

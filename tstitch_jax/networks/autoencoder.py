@@ -1,4 +1,4 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), NHWC."""
+"""The autoencoders of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), NHWC."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ class Encoder(nn.Module):
 
     widths: tuple[int, ...]
     layers: int
+    attention: tuple[int, ...]
     groups: int
     out: int
     dtype: Any
@@ -82,6 +83,8 @@ class Encoder(nn.Module):
         for i, width in enumerate(self.widths):
             for j in range(self.layers):
                 x = Resnet(width, self.groups, self.dtype, name=f"level_{i}_resnet_{j}")(x)
+                if i in self.attention:
+                    x = Attention(self.groups, self.dtype, name=f"level_{i}_attention_{j}")(x)
             if i + 1 < len(self.widths):
                 # The published networks pad at the bottom and on the right only.
                 pad = ((0, 1), (0, 1))
@@ -96,6 +99,7 @@ class Decoder(nn.Module):
 
     widths: tuple[int, ...]
     layers: int
+    attention: tuple[int, ...]
     groups: int
     out: int
     dtype: Any
@@ -108,6 +112,8 @@ class Decoder(nn.Module):
             width = self.widths[i]
             for j in range(self.layers + 1):
                 x = Resnet(width, self.groups, self.dtype, name=f"level_{i}_resnet_{j}")(x)
+                if i in self.attention:
+                    x = Attention(self.groups, self.dtype, name=f"level_{i}_attention_{j}")(x)
             if i:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"level_{i}_up")(x)
@@ -115,21 +121,41 @@ class Decoder(nn.Module):
         return nn.Conv(self.out, (3, 3), name="conv_out")(x)
 
 
-class KLAutoencoder(nn.Module):
+class Codebook(nn.Module):
+    """Each latent replaced by the nearest of a set of vectors (van den Oord et al. 2017)."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self, latents: Float[Array, "b k l d"]) -> Float[Array, "b k l d"]:
+        shape = (self.size, latents.shape[-1])
+        vectors = self.param("vectors", nn.initializers.uniform(1.0), shape)
+        # Without the square of the latent itself, which is the same for all; in full float32.
+        products = jnp.einsum("bkld,nd->bkln", latents, vectors, precision="highest")
+        distances = jnp.square(vectors).sum(axis=1) - 2 * products
+        return vectors[jnp.argmin(distances, axis=-1)]
+
+
+class LatentAutoencoder(nn.Module):
     """The autoencoder of latent diffusion models; any image size that its factor divides.
 
     ``apply`` with ``method="moments"`` takes images, float32 ``[B, H, W, C]``, to the posterior's
     mean and standard deviation, each float32 ``[B, H/f, W/f, D]``; with ``method="decode"`` it
     takes such latents to images. Neither knows the scaling factor.
 
+    With a codebook (VQ) there is no posterior, and the deviation is 0. Latents are those before
+    the nearest vectors are taken, which the decoder does: so latent diffusion is trained.
+
     Attributes:
         widths: Channels by level, each level at half the resolution of the one before.
         layers: Residual blocks by level of the encoder; the decoder has one more.
         latent_channels: D.
         groups: Groups of each normalisation.
+        attention: Levels whose residual blocks are each followed by attention.
+        codebook: Number of vectors that latents are replaced by; 0 for a KL autoencoder.
         image_shape: ``(H, W, C)`` of the images it was trained on.
-        dtype: Compute dtype, float32 or bfloat16. Parameters, normalisation statistics, softmax
-            and the last layers are float32 in either.
+        dtype: Compute dtype, float32 or bfloat16. Parameters, normalisation statistics, softmax,
+            the codebook and the last layers are float32 in either.
     """
 
     widths: tuple[int, ...]
@@ -137,6 +163,8 @@ class KLAutoencoder(nn.Module):
     latent_channels: int
     image_shape: tuple[int, int, int]
     groups: int = 32
+    attention: tuple[int, ...] = ()
+    codebook: int = 0
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -145,12 +173,20 @@ class KLAutoencoder(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.widths or min(self.widths) < 1 or any(w % self.groups for w in self.widths):
             raise ValueError(f"{self.groups} groups do not divide widths of {self.widths}")
+        if self.codebook < 0 or not set(self.attention) <= set(range(len(self.widths))):
+            raise ValueError(
+                f"attention is at some of the levels 0 to {len(self.widths) - 1} and codebook at "
+                f"least 0, got {self.attention} and {self.codebook}"
+            )
         super().__post_init__()
 
     def setup(self) -> None:
-        sizes = (tuple(self.widths), self.layers, self.groups)
-        self.encoder = Encoder(*sizes, 2 * self.latent_channels, self.dtype)
-        self.quant = nn.Dense(2 * self.latent_channels)
+        sizes = (tuple(self.widths), self.layers, tuple(self.attention), self.groups)
+        moments = self.latent_channels * (1 if self.codebook else 2)
+        self.encoder = Encoder(*sizes, moments, self.dtype)
+        self.quant = nn.Dense(moments)
+        if self.codebook:
+            self.quantize = Codebook(self.codebook)
         self.post_quant = nn.Dense(self.latent_channels)
         self.decoder = Decoder(*sizes, self.image_shape[-1], self.dtype)
 
@@ -167,11 +203,16 @@ class KLAutoencoder(nn.Module):
         self, images: Float[Array, "b h w c"]
     ) -> tuple[Float[Array, "b k l d"], Float[Array, "b k l d"]]:
         """Mean and standard deviation of the latents' posterior."""
-        mean, log_variance = jnp.split(self.quant(self.encoder(images)), 2, axis=-1)
+        found = self.quant(self.encoder(images))
+        if self.codebook:
+            return found, jnp.zeros_like(found)
+        mean, log_variance = jnp.split(found, 2, axis=-1)
         return mean, jnp.exp(jnp.clip(log_variance, -30, 20) / 2)
 
     def decode(self, latents: Float[Array, "b k l d"]) -> Float[Array, "b h w c"]:
         """Images of latents."""
+        if self.codebook:
+            latents = self.quantize(latents)
         return self.decoder(self.post_quant(latents))
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

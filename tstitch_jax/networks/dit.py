@@ -40,12 +40,14 @@ _normal = nn.initializers.normal(0.02)
 _zeros = nn.initializers.zeros
 
 
-def time_code(time: Float[Array, " b"], shift: int = 0) -> Float[Array, "b f"]:
+def time_code(
+    time: Float[Array, " b"], shift: int = 0, length: int = FREQUENCIES
+) -> Float[Array, "b f"]:
     """Sinusoidal code of the time, cosines first, with periods from 2 pi to 20,000 pi; float32.
 
     With a shift of 1 the last period is exactly 20,000 pi, else the one after the last would be.
     """
-    half = FREQUENCIES // 2
+    half = length // 2
     # A time of 1000 turns the last bit of a rate into 1e-4 of an angle: rounded as the published
     # programs round, and on the host, since not every device has an exact exp.
     exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32)
