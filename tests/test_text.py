@@ -285,6 +285,28 @@ def test_many_images_of_texts(pair, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_where_to_switch_for_texts(pair, published_pair):
+    encoder, options = encoder_of(), dict(steps=6, cfg_scale=3.0, conditions=8)
+    found = ts.calibrate(KEY, pair, prompts=TEXTS, text_encoder=encoder, **options)
+    turns = [TEXTS[k % 3] for k in range(8)]
+    given, empty = encode_texts(encoder, turns), encode_texts(encoder, [""])
+    again = ts.calibrate(KEY, pair, context=given, negative=empty, **options)
+    np.testing.assert_allclose(found.steps_alone, again.steps_alone, rtol=1e-4)
+    assert found.steps_alone[0].min() > 0
+    assert json.loads(found.to_json())["calibration"]["prompts"] == turns
+    with pytest.raises(ValueError, match="a context for at least 4 conditions, got 3"):
+        ts.calibrate(KEY, pair, context=given[:3], negative=empty, **options)
+    with pytest.raises(ValueError, match="prompts must be a list of texts"):
+        ts.calibrate(KEY, pair, prompts=[], text_encoder=encoder, **options)
+    # U-Nets at another size, whose time is measured there too.
+    unets = ts.calibrate(
+        KEY, published_pair, context=noise("pair/context", 4, 7, 24), cfg_scale=None, steps=2,
+        size=(16, 8),
+    )  # fmt: skip
+    assert (unets.costs > 0).all()
+    assert unets.settings["size"] == [16, 8]
+
+
 def test_an_exported_sampler_takes_contexts(pair, tmp_path):
     encoder = encoder_of()
     three = [network_of("a", channels=3), network_of("b", channels=3, scale=2.0)]

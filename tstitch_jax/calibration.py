@@ -579,7 +579,9 @@ def calibrate(
             raise _TooQuick(budget, networks[-1].card.name, front[0].speedup)
         chosen = quick[-1]
     goal = {"tolerance": tolerance} if budget is None else {"budget": budget}
-    given = {k: _plain(v) for k, v in options.items() if k not in ("context", "text_encoder")}
+    given = {k: _plain(v) for k, v in asked.items() if k not in ("context", "text_encoder")}
+    if not isinstance(given.get("negative", ""), str | list):
+        del given["negative"]  # a context
     return Calibration(
         chosen=chosen,
         front=front,
