@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import GOLDEN, tiny_network
+from helpers import GOLDEN, random_params, tiny_network
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
@@ -56,6 +56,16 @@ def public_networks(tmp_path, monkeypatch):
         card = dict(name=name, num_classes=1000, autoencoder="sd-vae-ft-ema")
         ts.save(tmp_path / "networks" / name, tiny_network(seed, **card))
     convert(GOLDEN / "diffusers_tiny" / "vae", tmp_path / "networks" / "sd-vae-ft-ema")
+    words = tmp_path / "networks" / "sd-text-encoder"
+    width = convert(GOLDEN / "clip_tiny" / "text_encoder", words).config["width"]
+    for name in ("bk-sdm-tiny", "CompVis--stable-diffusion-v1-4"):
+        card = ts.Card(
+            name=name, architecture="unet", target="eps", learned_variance=False,
+            config={"widths": [4, 8], "layers": 1, "heads": [0, 2], "middle_heads": 0, "groups": 4},
+            schedule={"name": "scaled_linear"}, image_shape=(8, 8, 4), num_classes=0,
+            context=(77, width), autoencoder="sd-vae-ft-ema",
+        )  # fmt: skip
+        ts.save(tmp_path / "networks" / name, ts.make_network(card, random_params(card)))
 
 
 def test_python(public_networks):
@@ -68,7 +78,8 @@ def test_python(public_networks):
         assert np.isfinite(images).all()
         shapes.append(images.shape)
     assert shapes == [
-        (4, 28, 28, 1), (1, 28, 28, 1), (2, 28, 28, 1), *[(4, 28, 28, 1)] * 2, (2, 16, 16, 3),
+        (4, 28, 28, 1), (1, 28, 28, 1), (2, 28, 28, 1), *[(4, 28, 28, 1)] * 2,
+        *[(2, 16, 16, 3)] * 2,
     ]  # fmt: skip
 
 

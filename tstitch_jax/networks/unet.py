@@ -40,10 +40,34 @@ LOGITS = 2**24
 its memory and keeps the logits of a piece in a TPU's fast memory."""
 
 
+class Norm(nn.Module):
+    """Group norm, statistics in float32 whatever the compute dtype; returns float32.
+
+    Means are taken by channel first and by group of these, so that an image need not be laid out
+    anew for groups of few channels.
+    """
+
+    groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        batch, _, _, width = x.shape
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        x = x.astype(jnp.float32)
+
+        def mean(values: jax.Array) -> Float[Array, "b c"]:
+            by_group = values.mean(axis=(1, 2)).reshape(batch, self.groups, -1).mean(axis=2)
+            return jnp.repeat(by_group, width // self.groups, axis=1)
+
+        x = x - mean(x)[:, None, None]
+        factor = jax.lax.rsqrt(mean(jnp.square(x)) + self.epsilon) * scale
+        return x * factor[:, None, None] + bias
+
+
 def _norm(x: jax.Array, groups: int, epsilon: float, name: str) -> jax.Array:
-    """Group norm in float32, whatever the compute dtype."""
-    norm = nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32))
+    return Norm(groups, epsilon, name=name)(x)
 
 
 class Resnet(nn.Module):
