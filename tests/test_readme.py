@@ -83,6 +83,12 @@ def test_python(public_networks):
     ]  # fmt: skip
 
 
+def test_the_page_of_texts(public_networks):
+    images = np.asarray(run("text")["images"])
+    assert images.shape == (2, 16, 16, 3)
+    assert np.isfinite(images).all()
+
+
 def test_the_guide(one_network, capsys):
     names = {}
     with jax.numpy_dtype_promotion("standard"):

@@ -215,7 +215,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--family",
         metavar="NAME",
-        help="dit, sit, autoencoder, inception, text_encoder or clip (default: told from the "
+        help="dit, sit, unet, autoencoder, text_encoder, clip, inception (default: told from the "
         "tensors' names, where a SiT counts as a dit)",
     )
     sub.add_argument("--num-heads", type=whole(1), metavar="N",
