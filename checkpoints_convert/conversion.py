@@ -177,7 +177,7 @@ def _tokenizer(source: Path, given: str | os.PathLike[str] | None) -> dict[str, 
     """The files of a checkpoint's tokenizer: the given one, its own, or the one beside it."""
     if given is not None:
         return read_tokenizer(Path(given))
-    own = source if source.is_dir() else source.parent
+    own = (source if source.is_dir() else source.parent).absolute()
     places = (own, own.parent / "tokenizer") if own.name else (own,)
     for place in places:
         try:
@@ -266,7 +266,6 @@ def convert(
         if num_heads is not None and kind == "autoencoder":
             raise CheckpointError("an autoencoder has one attention head; leave out --num-heads")
         conversion = layout.convert(kind, found.tensors, found.config, num_heads)
-        tensors, read = _merged(conversion, kind, found.tensors, loras)
         if isinstance(conversion.card, Card):
             check_card(conversion.card)
         module = module_of(conversion.card)
@@ -282,6 +281,7 @@ def convert(
         expected = {k: tuple(v.shape) for k, v in flatten(param_shapes(module)).items()}
         rules.check(conversion.rules, found.tensors, expected, conversion.ignored)
         conversion.check()
+        tensors, read = _merged(conversion, kind, found.tensors, loras)
         size = 4 * sum(map(math.prod, expected.values()))
         bar = tqdm(total=size, desc="converting", unit="B", unit_scale=True, disable=None)
         with bar, _reserved(folder, size + 2**20):

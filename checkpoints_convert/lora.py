@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,11 @@ def read(path: Path, owner: str) -> tuple[dict[str, Change], Path]:
         raise CheckpointError(
             f"{path} has tensors that are not of a LoRA: {grouped(sorted(unknown))}; supported are "
             "down, up, mid and alpha of linear layers and convolutions (not LoHa, LoKr or DoRA)"
+        )
+    if others and changes:
+        warnings.warn(
+            f"{path} changes another network too ({others} tensors); convert that with it as well",
+            stacklevel=2,
         )
     if not changes:
         raise CheckpointError(

@@ -225,8 +225,9 @@ def read(source: Path) -> Checkpoint:
     config: dict[str, Any] = {}
     if weights.name in WEIGHTS and config_file.is_file():
         config, files = read_json(config_file), (config_file, *files)
-        scheduler = weights.parent.parent / SCHEDULER / "scheduler_config.json"
-        if weights.parent.name == "unet" and scheduler.is_file():
+        folder = weights.absolute().parent
+        scheduler = folder.parent / SCHEDULER / "scheduler_config.json"
+        if folder.name == "unet" and scheduler.is_file():
             config[SCHEDULER], files = read_json(scheduler), (*files, scheduler)
     return Checkpoint(tensors, config, files)
 

@@ -473,7 +473,7 @@ def test_prompts(texts, tmp_path, capsys, monkeypatch):
         capsys, "sample", *pair, "--prompt", "a cat", "--start", "start.png", "--strength", "0.7"
     )
     assert status == 0, err
-    Path("texts.txt").write_text("a cat\n\n  two dogs\n")
+    Path("texts.txt").write_text("\ufeffa cat\ntwo dogs\n")
     status, _, err = run(
         capsys, "generate", *pair, "--prompts", "texts.txt", "--num", 3, "--batch", 2, "--out", "o"
     )
@@ -486,7 +486,7 @@ def test_prompts(texts, tmp_path, capsys, monkeypatch):
         ([], "a is conditioned on texts; give --prompt TEXT"),
         (["--labels", "1"], "a has no classes; give --prompt, not --labels"),
         (["--prompt", "x", "--prompts", "texts.txt"], "--prompt or --prompts, not both"),
-        (["--prompts", "none.txt"], "cannot read the texts none.txt"),
+        (["--prompts", "none.txt"], "cannot read the prompts in none.txt"),
         (["--prompt", "x", "--size", "12", "21"], "multiples of 2 for a, got 12x21"),
         (["--prompt", "x", "--text-encoder", texts["a"]], "needs|takes texts as a text encoder"),
         (["--prompt", "x", "--start", "texts.txt", "--strength", "1"], "cannot read the image"),

@@ -370,7 +370,7 @@ def test_a_missing_tokenizer_is_named(tmp_path):
     (other / "merges.txt").write_text("")
     with pytest.raises(CheckpointError, match="knows 2 tokens, the network 814; give"):
         convert(source, tmp_path / "net", tokenizer=other)
-    with pytest.raises(CheckpointError, match="AutoencoderKL has no tokenizer; leave it out"):
+    with pytest.raises(CheckpointError, match="autoencoder has no tokenizer; leave it out"):
         convert(GOLDEN / "diffusers_tiny" / "vae", tmp_path / "net", tokenizer=other)
     assert not (tmp_path / "net").exists()
 

@@ -332,7 +332,8 @@ def test_the_hub(server, cache):
     at = f"{server.url}/stabilityai/sd-vae-ft-mse/resolve/main"
     assert (
         f"Save {at}/config.json and {at}/diffusion_pytorch_model.safetensors into a folder "
-        f"sd-vae-ft-mse by other means and run: tstitch convert sd-vae-ft-mse {out}/sd-vae-ft-mse "
+        "sd-vae-ft-mse-files by other means and run: tstitch convert sd-vae-ft-mse-files "
+        f"{out}/sd-vae-ft-mse "
     ) in several
     again, one = run_hub(server.url, cache, names[0], "sit-xl-2-256", HF_HUB_OFFLINE="1")
     assert again == file
@@ -521,7 +522,8 @@ def test_a_pipeline_of_the_hub(cache, tmp_path, monkeypatch):
     network = ts.load("someone/anime-style")
     files = ["unet/config.json", "unet/diffusion_pytorch_model.bin",
              "scheduler/scheduler_config.json"]  # fmt: skip
-    assert hub_.asked == [("someone/anime-style", file) for file in files]
+    # What it is is read before the weights are fetched.
+    assert hub_.asked == [("someone/anime-style", file) for file in (files[0], *files)]
     card = network.card
     assert (card.name, card.target) == ("someone/anime-style", "v")
     assert card.text_encoder == "someone/anime-style/text_encoder"
@@ -533,8 +535,16 @@ def test_a_pipeline_of_the_hub(cache, tmp_path, monkeypatch):
     # A known one has the usual text encoder.
     assert ts.load("bk-sdm-tiny").card.text_encoder == ""  # of contexts of another width
     assert hub_.asked[0] == ("nota-ai/bk-sdm-tiny", "unet/config.json")
-    with pytest.raises(ValueError, match=r"no folder someone/x/vae, and .* has no weights in vae"):
+    with pytest.raises(ValueError, match=r"the repository someone/x has no weights in vae"):
         ts.load("someone/x/vae")
+    hub_.asked.clear()
+    later = given | {"addition_embed_type": "text_time"}
+    (tmp_path / "repo" / "unet" / "config.json").write_text(json.dumps(later))
+    with pytest.raises(ValueError, match="someone/xl is of Stable Diffusion 2, XL or later"):
+        ts.load("someone/xl")
+    assert hub_.asked == [("someone/xl", "unet/config.json")]
+    with pytest.raises(ValueError, match=r"vq-f8 has to be fetched by hand: unpack https://.*zip"):
+        hub.find("vq-f8")
     (tmp_path / "someone").mkdir()
     with pytest.raises(ValueError, match="no network folder at someone/anime"):
         hub.find("someone/anime")

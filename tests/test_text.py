@@ -327,3 +327,8 @@ def test_an_exported_sampler_takes_contexts(pair, tmp_path):
     given["negative"] = np.asarray(encode_texts(encoder, ["fog", "fog"]))
     expected = ts.sample(KEY, three, prompts=["rain", "snow"], negative="fog", **options)
     assert relative(program.call(weights, *given.values()), expected) < 1e-5
+    nulls = [encode_texts(encoder, [text]) for text in ("", "fog")]
+    own = dict(context=given["context"], negative=nulls, fractions=[0.5, 0.5], steps=3)
+    with pytest.raises(ValueError, match="the same negative for all networks"):
+        ts.export(tmp_path / "y.npz", three, platforms=["cpu"], cfg_scale=2.0, **own)
+    assert not (tmp_path / "y.npz").exists()

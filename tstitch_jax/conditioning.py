@@ -36,6 +36,11 @@ def check_texts(name: str, texts: Any) -> list[str]:
     """Texts as a list; raises ValueError unless there are some."""
     if not is_list(texts) or not len(texts) or not all(isinstance(t, str) for t in texts):
         raise ValueError(f"{name} must be a list of texts, one an image, got {shown(texts)}")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} holds a text that is no UTF-8: {shown(text)}") from None
     return list(texts)
 
 

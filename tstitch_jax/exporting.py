@@ -40,6 +40,8 @@ def _given(conditions: Sequence[Condition]) -> dict[str, np.ndarray]:
     if given.ndim == 1:
         return {"labels": given}
     nulls = [np.asarray(each.null) for each in conditions if each.null is not None]
+    if any(not np.array_equal(nulls[0], other) for other in nulls[1:]):
+        raise ValueError("a sampler is exported with the same negative for all networks")
     return {"context": given} | ({"negative": nulls[0]} if nulls else {})
 
 

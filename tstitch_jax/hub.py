@@ -291,11 +291,18 @@ def public(name: str) -> Public | None:
     if match is None:
         return None
     repo, part = match[1], match[2] or "unet"
+    for entry in PUBLIC.values():
+        if (entry.repo, entry.part) == (repo, part):
+            return entry
     return Public(
         family=_PARTS[part], files=(), repo=repo, part=part, source=f"huggingface.co/{repo}",
         license=f"see huggingface.co/{repo}", num_params=0, macs=0, data="", image_shape=(),
         num_classes=0, text_encoder=f"{repo}/text_encoder",
     )  # fmt: skip
+
+
+_BY_HAND = {"vq-f8": "https://ommer-lab.com/files/latent-diffusion/vq-f8.zip"}
+"""Networks that cards name and that lie in archives, with their addresses."""
 
 
 def _known(name: str) -> Public:
@@ -327,13 +334,16 @@ def _failure(name: str, reason: object) -> ValueError:
     if entry.url:
         urls = [shlex.quote(entry.url)]
     elif entry.part:
-        urls = [f"the folder {entry.part} of https://huggingface.co/{entry.repo}"]
+        beside = {"unet": "unet and scheduler", "text_encoder": "text_encoder and tokenizer"}
+        folders = beside.get(entry.part, entry.part)
+        urls = [f"the folders {folders} of https://huggingface.co/{entry.repo}"]
     else:
         from huggingface_hub import hf_hub_url
 
         urls = [hf_hub_url(entry.repo, file) for file in entry.files]
     single = len(entry.files) == 1
-    what, place = (entry.files[0], "as") if single else (name, "into a folder")
+    files = f"{_network_folder(name).name}-files"  # not the name itself, which would be found
+    what, place = (entry.files[0], "as") if single else (files, "into a folder")
     out = shlex.quote(str(_network_folder(name)))
     absent = "" if name in PUBLIC else f"there is no folder {name}, and "
     return ValueError(
@@ -479,17 +489,28 @@ def _download_url(name: str) -> Path:
 
 def _files_of(repo: str, part: str) -> list[str]:
     """The files of a part of a pipeline: weights, configuration, scheduler or tokenizer."""
-    from huggingface_hub import list_repo_files
+    from huggingface_hub import hf_hub_download, list_repo_files
 
-    from checkpoints_convert.readers import WEIGHTS
+    from checkpoints_convert import CheckpointError
+    from checkpoints_convert.readers import WEIGHTS, read_json
+    from checkpoints_convert.unet import SUPPORTED
 
     there = set(list_repo_files(repo))
     weights = [f"{part}/{file}" for file in WEIGHTS if not file.endswith(".json")]
     found = next((file for file in weights if file in there), None)
     if found is None or f"{part}/config.json" not in there:
-        raise ValueError(
+        raise CheckpointError(
             f"the repository {repo} has no weights in {part}, as a pipeline of diffusers has"
         )
+    if part == "unet":
+        # Said in a small file, before gigabytes of weights are fetched.
+        said = read_json(Path(hf_hub_download(repo, f"{part}/config.json")))
+        later = said.get("use_linear_projection") or said.get("addition_embed_type")
+        if later or said.get("in_channels", 4) != said.get("out_channels", 4):
+            raise CheckpointError(
+                f"{repo} is of Stable Diffusion 2, XL or later, or for inpainting; supported are "
+                f"{SUPPORTED}"
+            )
     beside = {
         "unet": ("scheduler/scheduler_config.json",),
         "text_encoder": ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer.json",
@@ -502,11 +523,15 @@ def _files_of(repo: str, part: str) -> list[str]:
 def _download_repo(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    from checkpoints_convert import CheckpointError
+
     entry = _known(name)
     try:
         with checkpoint.quiet("huggingface_hub"):
             files = entry.files or _files_of(entry.repo, entry.part)
             paths = [Path(hf_hub_download(entry.repo, file)) for file in files]
+    except CheckpointError:
+        raise
     except Exception as error:  # of the HTTP client too, which differs between the hub's releases
         if isinstance(error, OSError) and error.errno:  # the disk's
             raise
@@ -601,6 +626,11 @@ def find(name: str | os.PathLike[str]) -> Path:
         return fetch(text)
     if os.sep in text:
         raise ValueError(f"no network folder at {name}")
+    if text in _BY_HAND:
+        raise ValueError(
+            f"{text} has to be fetched by hand: unpack {_BY_HAND[text]} and run: tstitch convert "
+            f"model.ckpt {text} --family autoencoder; then a folder {text} here goes by that name"
+        )
     raise unknown("network", name, [*embedded_names(), *PUBLIC])
 
 

@@ -317,7 +317,7 @@ def prepare(
     return_trajectory: bool = False,
     return_predictions: bool = False,
 ) -> Sampling:
-    """Checks everything that ``sample`` takes, before anything is compiled; raises as it does."""
+    """Checks all that ``sample`` takes, before the sampler is compiled; raises as it does."""
     check_networks(networks)
     check_key(key)
     cards = [network.card for network in networks]

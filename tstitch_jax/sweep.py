@@ -252,7 +252,7 @@ def _open_way(config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict
         if not isinstance(network, Network):
             raise ValueError(f"{name} draws no images")
         if network.card.context is not None:
-            raise ValueError(f"{name} draws texts; a sweep is for networks that draw classes")
+            raise ValueError(f"{name} draws images of texts; a sweep is for networks of classes")
     coder = networks[-1].card.autoencoder
     coder = load(coder) if coder else None
     devices = 1 if mesh is None else mesh.shape[parallel.DATA]

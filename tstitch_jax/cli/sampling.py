@@ -92,6 +92,7 @@ def load_networks(arguments: argparse.Namespace, mesh: Any = None) -> list[Any]:
     import tstitch_jax as ts
     from tstitch_jax.checks import check_networks
 
+    _prompts(arguments)  # a file that is not there is told before anything is downloaded
     networks = [ts.load(name, _dtype(arguments), mesh=mesh) for name in arguments.networks]
     check_networks(networks)
     return networks
@@ -121,14 +122,9 @@ def _prompts(arguments: argparse.Namespace) -> list[str] | None:
         return arguments.prompt
     if arguments.prompt:
         raise ValueError("give --prompt or --prompts, not both")
-    try:
-        lines = Path(arguments.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the texts {arguments.prompts}: {error}") from None
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise ValueError(f"{arguments.prompts} has no texts, which are one a line")
-    return texts
+    from tstitch_jax.evaluation import read_prompts
+
+    return read_prompts(arguments.prompts)
 
 
 def asked_of(
@@ -139,8 +135,6 @@ def asked_of(
 
     Without labels there are ten, or, with ``all_labels``, none, which means all.
     """
-    import jax.numpy as jnp
-
     import tstitch_jax as ts
 
     prompts = _prompts(arguments)
@@ -168,8 +162,7 @@ def asked_of(
     if "" in names:
         unsaid = takes_texts[names.index("")].name
         raise ValueError(f"the card of {unsaid} names no text encoder; give --text-encoder NAME")
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[arguments.dtype]
-    loaded = {name: ts.load(name, dtype, mesh=mesh) for name in dict.fromkeys(names)}
+    loaded = {name: ts.load(name, _dtype(arguments), mesh=mesh) for name in dict.fromkeys(names)}
     encoders = [loaded[name] for name in names]
     return asked | dict(prompts=prompts, negative=arguments.negative, text_encoder=encoders)
 
@@ -275,6 +268,7 @@ def sample_command(arguments: argparse.Namespace) -> None:
 
     from tstitch_jax import pictures, pipeline
 
+    out = pictures.check_png(arguments.out)
     networks, autoencoder = _load(arguments)
     card = networks[-1].card
     names = [n.card.name for n in networks]
@@ -296,7 +290,6 @@ def sample_command(arguments: argparse.Namespace) -> None:
     rows = _rows(networks, arguments)
     requests = [request(**who) for _, who in rows]
     columns = texts or [card.class_names[k] if card.class_names else str(k) for k in labels or ()]
-    out = pictures.check_png(arguments.out)
     # The dearest network alone is what the speed-up is measured against, drawn or not.
     dearest = max(range(len(networks)), key=lambda k: (networks[k].card.macs, k))
     alone = [set(np.asarray(r.plan.networks).tolist()) for r in requests]
