@@ -43,8 +43,8 @@ class ClipScore:
     none is negative, and loses the end of texts that are too long.) In float64; the same to the
     bit however the images are cut into pieces.
 
-    >>> score = ClipScore([[1.0, 0.0], [0.0, 2.0]])
-    >>> score.add([[3.0, 0.0], [0.0, -1.0]])
+    >>> score = ClipScore(np.array([[1.0, 0.0], [0.0, 2.0]]))
+    >>> score.add(np.array([[3.0, 0.0], [0.0, -1.0]]))
     >>> score.result().mean
     50.0
     """
