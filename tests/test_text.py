@@ -292,6 +292,7 @@ def test_where_to_switch_for_texts(pair, published_pair):
     given, empty = encode_texts(encoder, turns), encode_texts(encoder, [""])
     again = ts.calibrate(KEY, pair, context=given, negative=empty, **options)
     np.testing.assert_allclose(found.steps_alone, again.steps_alone, rtol=1e-4)
+    assert not {"context", "negative"} & again.settings.keys()
     assert found.steps_alone[0].min() > 0
     assert json.loads(found.to_json())["calibration"]["prompts"] == turns
     with pytest.raises(ValueError, match="a context for at least 4 conditions, got 3"):

@@ -579,9 +579,9 @@ def calibrate(
             raise _TooQuick(budget, networks[-1].card.name, front[0].speedup)
         chosen = quick[-1]
     goal = {"tolerance": tolerance} if budget is None else {"budget": budget}
-    given = {k: _plain(v) for k, v in asked.items() if k not in ("context", "text_encoder")}
-    if not isinstance(given.get("negative", ""), str | list):
-        del given["negative"]  # a context
+    # Contexts, what takes the place of negative texts among them, are no settings to be read.
+    left = {"context", "text_encoder"} | ({"negative"} if "context" in asked else set())
+    given = {k: _plain(v) for k, v in asked.items() if k not in left}
     return Calibration(
         chosen=chosen,
         front=front,
