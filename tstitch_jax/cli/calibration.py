@@ -51,7 +51,7 @@ def _draw(found: Calibration, path: Path) -> None:
     figure = charts.calibration(
         found.names[:-1], found.steps_alone[:-1], found.linear, speedups=speedups, damages=damages,
         chosen=found.front.index(found.chosen), tolerance=found.settings.get("tolerance"),
-        title=f"{' + '.join(found.names)}: {found.plan.describe(found.names)}",
+        title=f"{' + '.join(found.names)}: {_describe(found.chosen, found.names)}",
     )  # fmt: skip
     charts.write_chart(figure, path)
 
