@@ -304,3 +304,10 @@ def test_bad_plans():
         Plan.from_counts([0, 0])
     with pytest.raises(ValueError, match="as many costs"):
         Plan.from_counts([1, 1]).cost([1.0])
+
+
+def test_many_runs_are_told_by_their_counts():
+    plan = Plan.interleaved([1, 2], 9)
+    assert plan.describe(["a", "b"], most=4) == "a x 3, b x 6 in 6 runs"
+    assert plan.describe(["a", "b"], most=6) == plan.describe(["a", "b"])
+    assert plan.describe(most=1) == "0 x 3, 1 x 6 in 6 runs"

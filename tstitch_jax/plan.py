@@ -254,11 +254,18 @@ class Plan:
         groups = itertools.groupby(np.asarray(self.networks).tolist())
         return [(network, len(list(group))) for network, group in groups]
 
-    def describe(self, names: Sequence[str] | None = None) -> str:
-        """The runs in words, ``"small x 40, large x 60"``; networks by number without names."""
+    def describe(self, names: Sequence[str] | None = None, most: int | None = None) -> str:
+        """The runs in words, ``"small x 40, large x 60"``; networks by number without names.
+
+        Of more than ``most`` runs it says the number, and how many steps each network takes.
+        """
         if names is not None and len(names) != self.num_networks:
             raise ValueError(f"{self.num_networks} networks need as many names, got {names!r:.80}")
-        return ", ".join(f"{names[k] if names else k} x {n}" for k, n in self.runs())
+        runs = self.runs()
+        many = most is not None and len(runs) > most
+        said = enumerate(self.counts()) if many else runs
+        text = ", ".join(f"{names[k] if names else k} x {n}" for k, n in said)
+        return f"{text} in {len(runs)} runs" if many else text
 
     def cost(self, per_step: Sequence[float | int] | np.ndarray) -> float:
         """Total of a cost per step and network: seconds as measured, or a card's multiply-adds.

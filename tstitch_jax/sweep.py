@@ -134,11 +134,7 @@ class _Way:
     @property
     def plan(self) -> str:
         """The plan in words, that of many runs by its counts."""
-        plan = self.request.plan
-        if len(plan.runs()) <= 4:
-            return plan.describe(self.names)
-        counts = zip(self.names, plan.counts(), strict=True)
-        return ", ".join(f"{name} x {n}" for name, n in counts) + f" in {len(plan.runs())} runs"
+        return self.request.plan.describe(self.names, most=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

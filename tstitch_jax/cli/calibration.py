@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,16 +50,9 @@ def _draw(found: Calibration, path: Path) -> None:
     figure = charts.calibration(
         found.names[:-1], found.steps_alone[:-1], found.linear, speedups=speedups, damages=damages,
         chosen=found.front.index(found.chosen), tolerance=found.settings.get("tolerance"),
-        title=f"{' + '.join(found.names)}: {_describe(found.chosen, found.names)}",
+        title=f"{' + '.join(found.names)}: {found.plan.describe(found.names, most=4)}",
     )  # fmt: skip
     charts.write_chart(figure, path)
-
-
-def _describe(choice: Choice, names: Sequence[str]) -> str:
-    if len(choice.plan.runs()) <= 4:
-        return choice.plan.describe(names)
-    counts = zip(names, choice.plan.counts(), strict=True)
-    return ", ".join(f"{name} x {n}" for name, n in counts) + f" in {len(choice.plan.runs())} runs"
 
 
 def calibrate_command(arguments: argparse.Namespace) -> None:
@@ -88,7 +80,7 @@ def calibrate_command(arguments: argparse.Namespace) -> None:
         _draw(found, Path(arguments.picture))
     rows = [
         [
-            "->" if choice is found.chosen else "", _describe(choice, found.names),
+            "->" if choice is found.chosen else "", choice.plan.describe(found.names, most=4),
             f"{choice.damage:.2%}", f"{choice.error:.2%}", f"{choice.speedup:.2f}x",
         ]
         for choice in _rows(found)
@@ -101,6 +93,6 @@ def calibrate_command(arguments: argparse.Namespace) -> None:
     )
     for warning in found.warnings:
         print(f"warning: {printable(warning)}")
-    print(f"chosen: {_describe(found.chosen, found.names)}, {found.speedup:.2f}x as quick")
+    print(f"chosen: {found.plan.describe(found.names, most=4)}, {found.speedup:.2f}x as quick")
     also = f", picture: {arguments.picture}" if arguments.picture else ""
     print(f"plan: {arguments.out} (--plan {arguments.out}){also}")
