@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -72,15 +73,29 @@ def test_values(name, folders):
     assert relative(output, EXPECTED[f"{name}/output"]) < LIMIT
 
 
-def test_pieces_of_attention_are_the_same(monkeypatch):
+def plain_attention(q, k, v):
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k) / np.sqrt(q.shape[-1])
+    return jnp.einsum("bhnm,bhmd->bhnd", jax.nn.softmax(logits), v)
+
+
+@pytest.mark.parametrize(
+    ("limit", "piece"),
+    [
+        (10**6, "f32[8,60,7]"),
+        (2 * 60 * 7, "f32[2,60,7]"),  # two of eight heads
+        (60 * 7, "f32[1,60,7]"),
+        (11 * 7, "f32[1,10,7]"),  # ten of a head's 60 queries
+        (1, "f32[1,1,7]"),  # the least there is
+    ],
+)
+def test_pieces_of_attention_are_the_same(monkeypatch, limit, piece):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 4, n, 8)) for i, n in enumerate((60, 7, 7)))
-    whole = unet.attend(q, k, v)
-    monkeypatch.setattr(unet, "LOGITS", 2 * 4 * 7 * 11)  # of 60 queries ten at a time
-    program = jax.make_jaxpr(unet.attend)(q, k, v)
-    assert "scan" in str(program)
-    assert "f32[2,4,10,7]" in str(program)
-    assert "f32[2,4,60,7]" not in str(program)
-    assert relative(unet.attend(q, k, v), whole) < 1e-6
+    monkeypatch.setattr(unet, "CACHED", limit)
+    monkeypatch.setattr(unet, "LOGITS", limit)
+    program = str(jax.make_jaxpr(lambda *given: unet.attend(*given))(q, k, v))
+    logits = set(re.findall(r"f32\[\d+,\d+,7\] = dot_general", program))
+    assert logits == {f"{piece} = dot_general"}
+    assert relative(unet.attend(q, k, v), plain_attention(q, k, v)) < 1e-6
 
 
 @pytest.mark.parametrize("name", unet.SIZES)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tstitch_jax.networks.convolution import Conv
+
 CHUNK_PIXELS = 256 * 256
 """Larger batches of images are coded in pieces of so many pixels (or one image), one after another,
 which bounds the memory of the wide layers at full resolution, and a TPU's compile time."""
@@ -30,9 +32,9 @@ class Resnet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         h = nn.silu(_norm(x, self.groups, "norm1"))
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(h)
+        h = Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(h)
         h = nn.silu(_norm(h, self.groups, "norm2"))
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv2")(h)
+        h = Conv(self.channels, (3, 3), dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, dtype=self.dtype, name="shortcut")(x)
         return x + h
@@ -79,7 +81,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k l d"]:
-        x = nn.Conv(self.widths[0], (3, 3), dtype=self.dtype, name="conv_in")(x)
+        x = Conv(self.widths[0], (3, 3), dtype=self.dtype, name="conv_in")(x)
         for i, width in enumerate(self.widths):
             for j in range(self.layers):
                 x = Resnet(width, self.groups, self.dtype, name=f"level_{i}_resnet_{j}")(x)
@@ -88,10 +90,10 @@ class Encoder(nn.Module):
             if i + 1 < len(self.widths):
                 # The published networks pad at the bottom and on the right only.
                 pad = ((0, 1), (0, 1))
-                x = nn.Conv(width, (3, 3), 2, pad, dtype=self.dtype, name=f"level_{i}_down")(x)
+                x = Conv(width, (3, 3), 2, pad, dtype=self.dtype, name=f"level_{i}_down")(x)
         x = Middle(self.groups, self.dtype, name="middle")(x)
         x = nn.silu(_norm(x, self.groups, "norm_out"))
-        return nn.Conv(self.out, (3, 3), name="conv_out")(x)
+        return Conv(self.out, (3, 3), name="conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -106,7 +108,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b k l d"]) -> Float[Array, "b h w c"]:
-        x = nn.Conv(self.widths[-1], (3, 3), dtype=self.dtype, name="conv_in")(x)
+        x = Conv(self.widths[-1], (3, 3), dtype=self.dtype, name="conv_in")(x)
         x = Middle(self.groups, self.dtype, name="middle")(x)
         for i in reversed(range(len(self.widths))):
             width = self.widths[i]
@@ -116,9 +118,9 @@ class Decoder(nn.Module):
                     x = Attention(self.groups, self.dtype, name=f"level_{i}_attention_{j}")(x)
             if i:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-                x = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"level_{i}_up")(x)
+                x = Conv(width, (3, 3), dtype=self.dtype, name=f"level_{i}_up")(x)
         x = nn.silu(_norm(x, self.groups, "norm_out"))
-        return nn.Conv(self.out, (3, 3), name="conv_out")(x)
+        return Conv(self.out, (3, 3), name="conv_out")(x)
 
 
 class Codebook(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tstitch_jax.networks.convolution import Conv
 from tstitch_jax.networks.dit import time_code
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -36,8 +39,11 @@ SIZES: dict[str, dict[str, Any]] = {
 (``cin256-v2``); LDM and LDM-S as the T-Stitch paper trains them, on latents of a factor of 8."""
 
 LOGITS = 2**24
-"""Attention of more logits than this goes in pieces of queries, one after another, which bounds
-its memory and keeps the logits of a piece in a TPU's fast memory."""
+"""Attention of more logits than this goes in pieces, one after another, which bounds its memory and
+keeps the logits of a piece in a TPU's fast memory."""
+
+CACHED = 2**20
+"""The same on CPUs, whose caches are smaller."""
 
 
 class Norm(nn.Module):
@@ -80,34 +86,68 @@ class Resnet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], time: Float[Array, "b t"]) -> jax.Array:
         h = nn.silu(_norm(x, self.groups, 1e-5, "norm1"))
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(h)
+        h = Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(h)
         h = h + nn.Dense(self.channels, dtype=self.dtype, name="time")(nn.silu(time))[:, None, None]
         h = nn.silu(_norm(h, self.groups, 1e-5, "norm2"))
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv2")(h)
+        h = Conv(self.channels, (3, 3), dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, dtype=self.dtype, name="shortcut")(x)
         return x + h
 
 
+def _pieces(count: int, of_one: int, limit: int) -> int:
+    """Into how many equal parts to divide ``count`` for one of at most ``limit``, or as may be."""
+    parts = (p for p in range(1, count + 1) if count % p == 0)
+    return next((p for p in parts if of_one * (count // p) <= limit), count)
+
+
 def attend(
     q: Float[Array, "b h n d"], k: Float[Array, "b h m d"], v: Float[Array, "b h m d"]
 ) -> Float[Array, "b h n d"]:
-    """``softmax(q k^T / sqrt(d)) v``, softmax in float32; at most ``LOGITS`` logits at a time."""
-    batch, heads, queries, size = q.shape
+    """``softmax(q k^T / sqrt(d)) v``, softmax in float32.
 
-    def piece(q: jax.Array) -> jax.Array:
-        logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
-        weights = nn.softmax(logits / math.sqrt(size)).astype(v.dtype)
-        return jnp.einsum("bhnm,bhmd->bhnd", weights, v)
+    At most ``LOGITS`` logits at a time, ``CACHED`` on CPUs: some heads, or some queries of one.
+    """
+    *_, queries, size = q.shape
+    keys = k.shape[2]
 
-    of_one = batch * heads * k.shape[2]
-    divisors = (p for p in range(1, queries + 1) if queries % p == 0)
-    pieces = next((p for p in divisors if of_one * (queries // p) <= LOGITS), queries)
-    if pieces == 1:
-        return piece(q)
-    split = q.reshape(batch, heads, pieces, queries // pieces, size)
-    done = jax.lax.map(piece, jnp.moveaxis(split, 2, 0))
-    return jnp.moveaxis(done, 0, 2).reshape(q.shape)
+    def piece(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        logits = jnp.einsum("hnd,hmd->hnm", q, k, preferred_element_type=jnp.float32)
+        logits = logits / math.sqrt(size)
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        total = weights.sum(-1, keepdims=True)
+        # The results are divided, being fewer than the weights.
+        mean = jnp.einsum(
+            "hnm,hmd->hnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+        return (mean / total).astype(v.dtype)
+
+    def in_pieces(q: jax.Array, k: jax.Array, v: jax.Array, limit: int) -> jax.Array:
+        heads = q.shape[0] * q.shape[1]
+        groups = _pieces(heads, queries * keys, limit)
+        parts = _pieces(queries, heads // groups * keys, limit)
+
+        def group(of: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            q, k, v = of
+            split = q.reshape(-1, parts, queries // parts, size).swapaxes(0, 1)
+            done = _each(lambda q: piece(q, k, v), split)
+            return done.swapaxes(0, 1).reshape(q.shape)
+
+        split = tuple(x.reshape(groups, heads // groups, *x.shape[2:]) for x in (q, k, v))
+        return _each(group, split).reshape(q.shape)
+
+    return jax.lax.platform_dependent(
+        q, k, v,
+        cpu=functools.partial(in_pieces, limit=CACHED),
+        default=functools.partial(in_pieces, limit=LOGITS),
+    )  # fmt: skip
+
+
+def _each(function: Callable[[Any], jax.Array], parts: Any) -> jax.Array:
+    """One after another; a single one without a loop."""
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        return function(jax.tree.map(lambda x: x[0], parts))[None]
+    return jax.lax.map(function, parts)
 
 
 class Attention(nn.Module):
@@ -269,7 +309,7 @@ class UNet(nn.Module):
         def transformer(h: jax.Array, heads: int, name: str) -> jax.Array:
             return Transformer(heads, self.groups, self.dtype, name=name)(h, context)
 
-        h = nn.Conv(self.widths[0], (3, 3), dtype=self.dtype, name="conv_in")(x)
+        h = Conv(self.widths[0], (3, 3), dtype=self.dtype, name="conv_in")(x)
         skips, last = [h], len(self.widths) - 1
         for i, (width, heads) in enumerate(zip(self.widths, self.heads, strict=True)):
             for j in range(self.layers):
@@ -278,7 +318,7 @@ class UNet(nn.Module):
                     h = transformer(h, heads, f"down_{i}_transformer_{j}")
                 skips.append(h)
             if i < last:
-                conv = nn.Conv(width, (3, 3), 2, 1, dtype=self.dtype, name=f"down_{i}_resize")
+                conv = Conv(width, (3, 3), 2, 1, dtype=self.dtype, name=f"down_{i}_resize")
                 h = conv(h)
                 skips.append(h)
         if self.middle_heads:
@@ -293,7 +333,7 @@ class UNet(nn.Module):
                     h = transformer(h, self.heads[i], f"up_{i}_transformer_{j}")
             if i:
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-                conv = nn.Conv(self.widths[i], (3, 3), dtype=self.dtype, name=f"up_{i}_resize")
+                conv = Conv(self.widths[i], (3, 3), dtype=self.dtype, name=f"up_{i}_resize")
                 h = conv(h)
         h = nn.silu(_norm(h, self.groups, 1e-5, "norm_out"))
-        return nn.Conv(channels * (2 if self.learned_variance else 1), (3, 3), name="conv_out")(h)
+        return Conv(channels * (2 if self.learned_variance else 1), (3, 3), name="conv_out")(h)

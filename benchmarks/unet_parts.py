@@ -1,0 +1,80 @@
+"""Attention and convolutions of a U-Net on the CPU, in the forms that there are to choose from.
+
+    python benchmarks/unet_parts.py [--rounds 5]
+
+float32; forms alternate within a round, figures are medians in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from tstitch_jax.networks import convolution, unet
+
+CONVOLUTIONS = [
+    (2, 64, 320, 320),
+    (2, 64, 640, 320),
+    (2, 32, 640, 640),
+    (2, 32, 1280, 640),
+    (2, 16, 1280, 1280),
+    (2, 16, 2560, 1280),
+    (2, 8, 1280, 1280),
+    (2, 8, 2560, 1280),
+    (1, 256, 128, 128),
+]
+"""Images, side, channels in and out: those of Stable Diffusion's U-Net, and one of a decoder."""
+
+
+def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def attention(limit: int) -> Callable[..., jax.Array]:
+    def attend(*given: jax.Array) -> jax.Array:
+        unet.CACHED = limit  # read when the program is traced
+        return unet.attend(*given)
+
+    return attend
+
+
+def compare(title: str, forms: dict[str, Callable[..., Any]], given: Any, rounds: int) -> None:
+    compiled = {name: jax.jit(form).lower(*given).compile() for name, form in forms.items()}
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds + 1):
+        for name, program in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*given))
+            times[name].append(1e3 * (time.perf_counter() - start))
+    said = ", ".join(f"{n} {statistics.median(own[1:]):.0f} ms" for n, own in times.items())
+    print(f"{title}: {said}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+
+    def draw(*shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(len(shape)), shape)
+
+    given = [draw(2, 8, 4096, 40)] * 3
+    forms = {f"2^{power} logits": attention(2**power) for power in (26, 24, 22, 20, 18)}
+    compare("attention of 4096 pixels, 2 x 8 heads of 40", forms, given, rounds)
+    for batch, side, channels, features in CONVOLUTIONS:
+        given = [draw(batch, side, side, channels), 0.01 * draw(3, 3, channels, features)]
+        forms = {"direct": direct, "winograd": convolution.winograd}
+        if batch * side**2 <= 1024:
+            forms["surroundings"] = convolution.surroundings
+        compare(f"{batch} x {side} px, {channels} to {features} channels", forms, given, rounds)
+
+
+if __name__ == "__main__":
+    main()
