@@ -30,8 +30,8 @@ FACTS: dict[str, Any] = dict(
 """What any card says of the data."""
 
 
-def make(name: str, size: dict[str, Any], **training: Any) -> TrainConfig:
-    """A run that trains a network ``name`` of that size for its share of the steps."""
+def make(name: str, size: dict[str, Any], file: str = "", **training: Any) -> TrainConfig:
+    """A run, described in ``file``, that trains a network ``name`` of that size."""
     card = Card(
         name=name,
         architecture="dit",
@@ -39,9 +39,8 @@ def make(name: str, size: dict[str, Any], **training: Any) -> TrainConfig:
         target="v",
         learned_variance=False,
         schedule={"name": "cosine"},
-        source=f"tstitch train configs/{name.replace('-', '_')}.py",
+        source=f"tstitch train configs/{file or name.replace('-', '_')}.py",
         **FACTS,
     )
-    return TrainConfig(
-        card=card, data=DATA, warmup=300, save_every=1000, stored_dtype="float16", **training
-    )
+    shared = dict(warmup=300, save_every=1000, stored_dtype="float16")
+    return TrainConfig(card=card, data=DATA, **shared | training)

@@ -1,6 +1,6 @@
 """The embedded classifier, in whose features images are compared: 483K parameters.
 
-Command:  tstitch train configs/fashion_features.py --out runs/fashion-features
+Command:  tstitch train configs/fashion_features.py --out runs/fashion_features
 Data:     tensorflow-datasets' fashion_mnist; or --data FILE.npz with x_train and y_train, and with
           x_test and y_test to log the accuracy on
 Cost:     768,000 images, about 15 minutes on 2 CPU cores (900 images/s)

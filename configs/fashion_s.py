@@ -1,6 +1,8 @@
-"""The embedded small network: a DiT of width 64 and depth 3 (256K parameters) on Fashion-MNIST.
+"""The embedded small network, the first part: a DiT of width 64 and depth 3 (256K parameters).
 
-Command:  tstitch train configs/fashion_s.py --out runs/fashion-s
+The second part is fashion_s_more.py.
+
+Command:  tstitch train configs/fashion_s.py --out runs/fashion_s
 Data:     tensorflow-datasets' fashion_mnist; or --data FILE.npz with x_train and y_train
 Cost:     704,000 images, about 15 minutes on 2 CPU cores (900 images/s)
 Expected: a loss of 0.039 at the end; garments that can be named, with grainy edges

@@ -295,8 +295,11 @@ def test_train(capsys, tmp_path, monkeypatch):
 
 def test_the_projects_configurations_are_the_embedded_networks():
     for name in hub.embedded_names():
-        config = cli.networks._load_config(str(ROOT / "configs" / f"{name.replace('-', '_')}.py"))
         card = checkpoint.read_card(hub.find(name))
+        config = cli.networks._load_config(str(ROOT / card.source.removeprefix("tstitch train ")))
+        first = ROOT / "configs" / f"{Path(config.init).parent.name}.py"
+        if config.init:
+            assert cli.networks._load_config(str(first)).card.config == card.config
         # The embedded ones were trained on a copy of the data with another split.
         others = dict.fromkeys(("num_params", "macs", "checksum", "data"))
         told = ({**dataclasses.asdict(each), **others} for each in (config.card, card))

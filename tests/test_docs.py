@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,10 @@ def test_pages_are_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
         assert f": {page.relative_to(ROOT / 'docs')}\n" in navigation, page
+
+
+def test_the_tables_of_results_are_those_of_the_files():
+    """They are written by ``docs/make_results.py``, never by hand."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert runpy.run_path(str(ROOT / "docs" / "make_results.py"))["page"](text) == text
+    assert text.count("<!-- end -->") == len(re.findall(r"<!-- (?!end)\w+ -->", text)) >= 5
