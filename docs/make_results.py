@@ -1,6 +1,6 @@
 """Measures what ``docs/results.md`` says besides the sweeps, and writes all of its tables.
 
-    python docs/make_results.py            # two minutes on two cores
+    python docs/make_results.py            # some minutes on two cores
     python docs/make_results.py --tables   # only the tables, from the files that are there
 
 The sweeps are run before, each by the command of its file in ``configs/``.
