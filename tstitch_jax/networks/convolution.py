@@ -16,10 +16,13 @@ CHANNELS = 256
 ROWS = 256
 """For so few pixels in all, a CPU's time goes to reading the kernel."""
 
+VALUES = 2**24
+"""Of more values, in or out, Winograd's form takes too much memory: some 300 MB at this many."""
+
 
 def convolve(
     x: Float[Array, "b h w c"],
-    kernel: Float[Array, "i j c d"],
+    kernel: Float[Array, "i j n d"],
     strides: Any,
     padding: Any,
     **options: Any,
@@ -33,13 +36,19 @@ def convolve(
         jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options
     )
     rows, columns, *channels = kernel.shape
-    _, height, width, _ = x.shape
-    plain = all(step == 1 for step in strides) and padding == "SAME"
-    if (rows, columns) != (3, 3) or not plain or min(channels) < CHANNELS or x.dtype != jnp.float32:
+    batch, height, width, _ = x.shape
+    plain = (
+        (rows, columns) == (3, 3)
+        and all(step == 1 for step in (*strides, *(options.get("rhs_dilation") or ())))
+        and padding == "SAME"
+        and options.get("feature_group_count", 1) == 1
+    )
+    if not plain or min(channels) < CHANNELS or x.dtype != jnp.float32:
         return direct(x, kernel)
-    if x.shape[0] * height * width <= ROWS:
+    pixels = batch * height * width
+    if pixels <= ROWS:
         return jax.lax.platform_dependent(x, kernel, cpu=surroundings, default=direct)
-    if height % 2 or width % 2:
+    if height % 2 or width % 2 or pixels * max(channels) > VALUES:
         return direct(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=direct)
 
