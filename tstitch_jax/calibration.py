@@ -33,7 +33,7 @@ from tstitch_jax.files import whole_file
 from tstitch_jax.plan import Plan
 from tstitch_jax.types import Key, Knots, Network, Solver
 
-TOLERANCE = 0.01
+TOLERANCE = 0.005
 """The damage that is tolerated unless something else is asked for."""
 
 NEGLIGIBLE = 0.05
@@ -493,7 +493,7 @@ def calibrate(
         networks: At least two, from the one for the first, noisy steps to the one for the last,
             against which the others are measured.
         tolerance: Choose the cheapest plan whose predicted damage is at most this: the mean square
-            of what changes in the result, relative to the result's variance over images. 0.01
+            of what changes in the result, relative to the result's variance over images. 0.005
             unless given.
         budget: Choose instead the plan of least damage that is at least so many times cheaper than
             the last network alone.

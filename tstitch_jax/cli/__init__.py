@@ -155,7 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     goal = sub.add_mutually_exclusive_group()
     goal.add_argument("--tolerance", type=calibration.share, metavar="D",
-                      help="the damage that may be done (default: 1%%)")  # fmt: skip
+                      help="the damage that may be done (default: 0.5%%)")  # fmt: skip
     goal.add_argument("--budget", type=calibration.factor, metavar="X",
                       help="the least damage at that speed-up, as 1.5x")  # fmt: skip
     sub.add_argument("--free", action="store_true",
@@ -229,7 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command(
         "train", networks.train_command, "train a network, or go on with a stopped run",
-        "tstitch train configs/fashion_s.py --out runs/fashion-s", "CONFIG ",
+        "tstitch train configs/fashion_s.py --out runs/fashion_s", "CONFIG ",
     )  # fmt: skip
     sub.add_argument("config", metavar="CONFIG", help="a Python file with a TrainConfig, config")
     sub.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/NAME)")
