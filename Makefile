@@ -37,12 +37,12 @@ lint: $(VENV)/.test-ready
 docs: $(VENV)/.docs-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Trains the embedded networks anew, two of them in two parts.
+# Trains the embedded networks anew, three of them in two parts.
 networks: $(VENV)/.test-ready
-	for part in features s s_more xl xl_more; do \
+	for part in features s s_more b b_more xl xl_more; do \
 		$(BIN)/tstitch train configs/fashion_$$part.py --out runs/fashion_$$part $(DATA) || exit 1; \
 	done
-	for pair in features:features s:s_more xl:xl_more; do \
+	for pair in features:features s:s_more b:b_more xl:xl_more; do \
 		name=tstitch_jax/embedded/fashion-$${pair%:*}; \
 		rm -rf $$name && cp -r runs/fashion_$${pair#*:}/network $$name || exit 1; \
 	done

@@ -24,7 +24,8 @@ FACTS: dict[str, Any] = dict(
         "Bag",
         "Ankle boot",
     ),
-    data="Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, MIT license), 60,000 training images",
+    data="Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, MIT license): 60,000 of the 70,000 images, "
+    "see docs/architecture.md",
     license="Apache-2.0",
 )
 """What any card says of the data."""

@@ -1,7 +1,7 @@
 """Half of the steps to each network, in four orders.
 
 Command:  tstitch sweep configs/sweep_allocation.py --out runs/allocation
-Data:     tensorflow-datasets' fashion_mnist; or --reference fashion_mnist.npz:x_test
+Data:     --reference fashion_mnist.npz:x_test, which fetch_fashion_mnist.py --split embedded writes
 Cost:     20,000 images, about 15 minutes on 2 CPU cores
 Expected: four equal times; of DiT on ImageNet the published FIDs are, in the order of the list,
           10.06, 12.94, 19.02 and 27.61

@@ -14,9 +14,11 @@ OPTIONS: dict[str, Any] = dict(steps=10, spacing="trailing", solver="dpmpp")
 
 
 def make(points: Sequence[Point], x_label: str, **changes: Any) -> SweepConfig:
-    """A sweep over these points, each of 5,000 images, against the test images.
+    """A sweep over these points, each of 5,000 images, against images that were held out.
 
-    More seeds, which may be added later, give error bars.
+    These are not tensorflow-datasets' test images, some of which the embedded networks were trained
+    on, but those of ``configs/fetch_fashion_mnist.py --split embedded``. More seeds may be added
+    later.
     """
     return SweepConfig(
         **dict(

@@ -1,8 +1,8 @@
 """Fewer steps against stitching, and both: numbers of steps, three solvers, three fractions.
 
 Command:  tstitch sweep configs/sweep_steps.py --out runs/steps
-Data:     tensorflow-datasets' fashion_mnist; or --reference fashion_mnist.npz:x_test
-Cost:     180,000 images, about 5 hours on 2 CPU cores
+Data:     --reference fashion_mnist.npz:x_test, which fetch_fashion_mnist.py --split embedded writes
+Cost:     27,000 images, about 35 minutes on 2 CPU cores
 Expected: times in proportion to the steps and to the plan's cost, whatever the solver
 """
 
@@ -18,9 +18,10 @@ config = make(
             networks=PAIR,
             options=OPTIONS | dict(fractions=[fraction, 1 - fraction], steps=steps, solver=solver),
         )
-        for steps in (5, 10, 20, 50)
+        for steps in (5, 10, 20)
         for solver in ("dpmpp", "ddim", "ddpm")
-        for fraction in (0, 0.4, 0.8)
+        for fraction in (0.0, 0.4, 0.8)
     ],
     x_label="steps",
+    num=1000,
 )

@@ -17,14 +17,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy.stats import spearmanr
 
 import tstitch_jax as ts
 from tstitch_jax import charts, pipeline
+from tstitch_jax.cli.text import load_config
 from tstitch_jax.files import whole_file
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+CONFIGS = HERE.parent / "configs"
 NAMES = ["fashion-s", "fashion-xl"]
+THREE = ["fashion-s", "fashion-b", "fashion-xl"]
+CALIBRATED = ["fractions", "allocation"]
+"""The sweeps whose plans are predicted, too."""
+
 STEPS, CONDITIONS, SEEDS = 50, 256, 5
 
 Rows = list[dict[str, str]]
@@ -142,27 +149,53 @@ def measure_cost() -> None:
 
 def plan_of(text: str, names: Sequence[str]) -> ts.Plan:
     """The plan that a sweep's table describes."""
-    counts = dict(run.split(" x ") for run in text.split(", "))
-    return ts.Plan.from_counts([int(counts.get(name, 0)) for name in names])
+    runs = [run.split(" x ") for run in text.split(", ")]
+    steps = [names.index(name) for name, count in runs for _ in range(int(count))]
+    return ts.Plan.from_list(steps, len(names))
 
 
 def measure_calibration() -> None:
-    """What calibrations predict of the sweep's plans, beside what it measured."""
-    networks = [ts.load(name) for name in NAMES]
-    rows = []
-    for seed in range(SEEDS):
-        found = ts.calibrate(
-            jax.random.key(seed), networks, steps=10, spacing="trailing", solver="dpmpp",
-            cfg_scale=1.5, costs="macs",
-        )  # fmt: skip
-        for row in read("fractions/results.csv"):
-            expected = found.predict(plan_of(row["plan"], NAMES))
-            chosen = expected.plan.counts() == found.plan.counts()
-            rows.append([
-                seed, row["x"], expected.damage, expected.error, float(row[FD]),
-                "yes" if chosen else "no",
-            ])  # fmt: skip
-    write("calibration/results.csv", ["seed", "x", "damage", "damage_error", FD, "chosen"], rows)
+    """What calibrations predict of the sweeps' plans, and what they choose, beside what was found.
+
+    A calibration is of all the points that differ in their plan only.
+    """
+    rows, chosen = [], []
+    for sweep in CALIBRATED:
+        config = load_config(str(CONFIGS / f"sweep_{sweep}.py"), ts.SweepConfig)
+        settings: dict[str, list[tuple[ts.Point, dict[str, str]]]] = {}
+        for point, row in zip(config.points, read(f"{sweep}/results.csv"), strict=True):
+            settings.setdefault(setting(sweep, row), []).append((point, row))
+        for name, points in settings.items():
+            names = list(points[0][0].networks)
+            options = points[0][0].options
+            options = {k: v for k, v in options.items() if k not in ("plan", "fractions")}
+            networks = [ts.load(each) for each in names]
+            for seed in range(SEEDS):
+                found = ts.calibrate(
+                    jax.random.key(seed), networks, costs="macs", **{"cfg_scale": 1.5} | options
+                )
+                for point, row in points:
+                    plan = point.options.get("plan") or plan_of(row["plan"], names)
+                    expected = found.predict(plan)
+                    rows.append([
+                        name, row["plan"], plan.counts()[0] / plan.steps, seed, expected.damage,
+                        expected.error, row[FD],
+                    ])  # fmt: skip
+                chosen.append([
+                    name, seed, found.plan.describe(names), found.fractions[0], found.damage,
+                    found.speedup,
+                ])  # fmt: skip
+    header = ["setting", "plan", "fraction", "seed", "damage", "damage_error", FD]
+    write("calibration/results.csv", header, rows)
+    header = ["setting", "seed", "plan", "fraction", "damage", "speedup"]
+    write("calibration/chosen.csv", header, chosen)
+
+
+def setting(sweep: str, row: dict[str, str]) -> str:
+    """What a calibration is of, in words."""
+    if sweep == "guidance":
+        return row["series"]
+    return f"{row['solver']}, {row['steps']} steps" if sweep == "steps" else sweep
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -248,27 +281,137 @@ def cost() -> str:
     )
 
 
+def allocation() -> str:
+    rows, plans = read("allocation/results.csv"), predicted("allocation")
+    published = ["10.06", "12.94", "19.02", "27.61"]
+    return markdown(
+        ["order", *MEASURES, "published FID", "predicted damage"],
+        [
+            [
+                row["x"],
+                *(number(row, f"{key}_fashion-features") for key in MEASURES.values()),
+                fid,
+                f"{damage:.1%}",
+            ]
+            for row, fid, (_, damage, *_) in zip(rows, published, plans, strict=True)
+        ],
+    )
+
+
+def pairs() -> str:
+    """Those of the 66 plans in which two networks share the steps."""
+    cells = {
+        tuple(plan_of(row["plan"], THREE).counts()): number(row, FD)
+        for row in read("three/results.csv")
+    }
+    counts: list[tuple[str, Callable[[int], tuple[int, int, int]]]] = [
+        ("fashion-s, then fashion-xl", lambda early: (early, 0, 10 - early)),
+        ("fashion-b, then fashion-xl", lambda early: (0, early, 10 - early)),
+        ("fashion-s, then fashion-b", lambda early: (early, 10 - early, 0)),
+    ]
+    return markdown(
+        ["fraction", *(name for name, _ in counts)],
+        [[f"{i / 10:g}", *(cells[plan(i)] for _, plan in counts)] for i in range(11)],
+    )
+
+
+def three() -> str:
+    """The front of all 66 plans."""
+    rows = [row for row in read("three/results.csv") if row["pareto"] == "yes"]
+    rows.sort(key=lambda row: float(row["seconds_per_image"]))
+    return markdown(
+        ["steps of fashion-s, -b, -xl", "FD", "speed-up"],
+        [
+            [
+                ", ".join(map(str, plan_of(row["plan"], THREE).counts())), number(row, FD),
+                f"{float(row['speedup']):.2f}",
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def guidance() -> str:
+    """The distance by fraction, a column for each kind of guidance."""
+    rows = read("guidance/results.csv")
+    series = list(dict.fromkeys(row["series"] for row in rows))
+    cells = {(row["x"], row["series"]): number(row, FD) for row in rows}
+    return markdown(
+        ["fraction", *series],
+        [[x, *(cells[x, name] for name in series)] for x in dict.fromkeys(r["x"] for r in rows)],
+    )
+
+
+def steps() -> str:
+    """The distance by solver and number of steps, a column for each fraction."""
+    rows = read("steps/results.csv")
+    ways = list(dict.fromkeys(row["series"].split(", ")[1] for row in rows))
+    cells = {
+        (row["solver"], row["x"], row["series"].split(", ")[1]): number(row, FD) for row in rows
+    }
+    return markdown(
+        ["solver", "steps", *ways],
+        [
+            [solver, count, *(cells[solver, count, way] for way in ways)]
+            for solver, count in dict.fromkeys((row["solver"], row["x"]) for row in rows)
+        ],
+    )
+
+
+def predicted(name: str) -> list[tuple[float, float, float, float]]:
+    """Of each plan of a setting the share of fashion-s, the mean damage, its deviation, and FD."""
+    own = [row for row in read("calibration/results.csv") if row["setting"] == name]
+    found = []
+    for plan in dict.fromkeys(row["plan"] for row in own):
+        same = [row for row in own if row["plan"] == plan]
+        damages = [float(row["damage"]) for row in same]
+        share, fd = float(same[0]["fraction"]), float(same[0][FD])
+        found.append((share, float(np.mean(damages)), float(np.std(damages, ddof=1)), fd))
+    return found
+
+
+def choices(name: str) -> list[float]:
+    """The fractions of the smallest network that the seeds chose."""
+    rows = read("calibration/chosen.csv")
+    return [float(row["fraction"]) for row in rows if row["setting"] == name]
+
+
 def calibration() -> str:
     """Damage of each fraction, as the seeds predict it, and how often it was chosen."""
-    rows = read("calibration/results.csv")
+    chosen = choices("fractions")
+    return markdown(
+        ["fraction", "predicted damage", "measured FD", "chosen"],
+        [
+            [f"{share:g}", f"{mean:.2%} ± {std:.2%}", f"{fd:.3f}",
+             f"{chosen.count(share)} of {len(chosen)}"]
+            for share, mean, std, fd in predicted("fractions")
+        ],
+    )  # fmt: skip
+
+
+def settings() -> str:
+    """How well predictions order the plans of each setting, and the shares of fashion-s chosen."""
     lines = []
-    for x in dict.fromkeys(row["x"] for row in rows):
-        own = [row for row in rows if row["x"] == x]
-        damages = [float(row["damage"]) for row in own]
-        chosen = sum(row["chosen"] == "yes" for row in own)
-        lines.append([
-            x, f"{np.mean(damages):.2%} ± {np.std(damages, ddof=1):.2%}",
-            f"{float(own[0][FD]):.3f}", f"{chosen} of {len(own)}",
-        ])  # fmt: skip
-    return markdown(["fraction", "predicted damage", "measured FD", "chosen"], lines)
+    for name in dict.fromkeys(row["setting"] for row in read("calibration/results.csv")):
+        plans = predicted(name)
+        rank = spearmanr([plan[1] for plan in plans], [plan[3] for plan in plans]).statistic
+        chosen = ", ".join(dict.fromkeys(f"{each:g}" for each in sorted(choices(name))))
+        lines.append([name, f"{len(plans)}", f"{rank:.2f}", chosen])
+    return markdown(["setting", "plans", "rank correlation", "chosen"], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "fractions": fractions,
+    "pairs": pairs,
+    "three": three,
+    "allocation": allocation,
+    "steps": steps,
+    "guidance": guidance,
     "predictions": predictions,
     "spectrum": spectrum,
     "cost": cost,
     "calibration": calibration,
+    "settings": settings,
 }
 
 

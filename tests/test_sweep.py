@@ -26,7 +26,7 @@ from tstitch_jax.costs import pareto_front
 from tstitch_jax.evaluation import metric_key
 from tstitch_jax.networks import init_params
 from tstitch_jax.shards import Shards
-from tstitch_jax.sweep import ROUNDS, _check, _guidance, estimate
+from tstitch_jax.sweep import ROUNDS, _check, _guidance, _open_way, estimate
 from tstitch_jax.types import FeatureCard
 
 
@@ -487,7 +487,14 @@ def test_the_projects_configurations():
     files = sorted(set(root.glob("sweep_*.py")) - {root / "sweep_fashion.py"})
     points = {f.stem: len(load_config(str(f), ts.SweepConfig).points) for f in files}
     assert points == {
-        "sweep_allocation": 4, "sweep_fractions": 11, "sweep_guidance": 30, "sweep_steps": 36,
+        "sweep_allocation": 4, "sweep_fractions": 11, "sweep_guidance": 45, "sweep_steps": 27,
     }  # fmt: skip
+    loaded = {}
     for file in files:
-        _check(load_config(str(file), ts.SweepConfig))
+        config = load_config(str(file), ts.SweepConfig)
+        _check(config)
+        for point in config.points:
+            plan = _open_way(config, point, None, loaded).request.plan
+            if fractions := point.options.get("fractions"):
+                shares = [count / plan.steps for count in plan.counts()]
+                assert shares == pytest.approx(fractions), point
