@@ -177,10 +177,10 @@ def test_a_folder_beside_the_network_is_told(folder, tmp_path):
 
 
 def test_embedded_networks():
-    assert hub.embedded_names() == ["fashion-features", "fashion-s", "fashion-xl"]
-    small, large = ts.load("fashion-s"), ts.load("fashion-xl")
-    assert large.card.macs > 10 * small.card.macs
-    for network in (small, large):
+    assert hub.embedded_names() == ["fashion-b", "fashion-features", "fashion-s", "fashion-xl"]
+    networks = small, middle, large = [ts.load(f"fashion-{size}") for size in ("s", "b", "xl")]
+    assert large.card.macs > 4 * middle.card.macs > 10 * small.card.macs
+    for network in networks:
         assert network.card.license == "Apache-2.0"
         assert len(network.card.class_names) == network.card.num_classes == 10
         assert network.card.num_params == sum(x.size for x in jax.tree.leaves(network.params))

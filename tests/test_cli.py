@@ -48,10 +48,10 @@ def test_networks(capsys):
     lines = out.splitlines()
     for title in ("parameters", "FLOPs", "source", "license"):
         assert title in lines[0]
-    names = ["fashion-features", "fashion-s", "fashion-xl"]
-    assert [line.split()[0] for line in lines[2:5]] == names
-    assert "256K" in lines[3]
-    assert "Apache-2.0" in lines[4]
+    names = ["fashion-b", "fashion-features", "fashion-s", "fashion-xl"]
+    assert [line.split()[0] for line in lines[2:6]] == names
+    assert "256K" in lines[4]
+    assert "Apache-2.0" in lines[5]
     assert any(re.match(r"dit-xl-2-256 .*675M .*119G .*download .*CC-BY-NC", x) for x in lines)
     assert "sd-vae-ft-ema" in out
 

@@ -488,6 +488,7 @@ def test_the_projects_configurations():
     points = {f.stem: len(load_config(str(f), ts.SweepConfig).points) for f in files}
     assert points == {
         "sweep_allocation": 4, "sweep_fractions": 11, "sweep_guidance": 45, "sweep_steps": 27,
+        "sweep_three": 66,
     }  # fmt: skip
     loaded = {}
     for file in files:
