@@ -91,6 +91,11 @@ def test_other_platforms_and_kinds_are_direct():
         assert "cond" not in program
 
 
+def test_what_lax_refuses_is_refused():
+    with pytest.raises(ValueError, match="transposed convolution"):
+        convolve(draw(1, 18, 16, WIDE), draw(3, 3, WIDE, WIDE), lhs_dilation=(2, 1))
+
+
 def test_multiply_adds_are_those_of_the_direct_form():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 18, 16, WIDE), (3, 3, WIDE, WIDE))]
     assert count_macs(convolve, *shapes) == 18 * 16 * 9 * WIDE**2

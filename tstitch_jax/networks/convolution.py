@@ -37,9 +37,10 @@ def convolve(
     )
     rows, columns, *channels = kernel.shape
     batch, height, width, _ = x.shape
+    dilations = [d for side in ("lhs", "rhs") for d in options.get(f"{side}_dilation") or ()]
     plain = (
         (rows, columns) == (3, 3)
-        and all(step == 1 for step in (*strides, *(options.get("rhs_dilation") or ())))
+        and all(step == 1 for step in (*strides, *dilations))
         and padding == "SAME"
         and options.get("feature_group_count", 1) == 1
     )
