@@ -402,7 +402,7 @@ def test_completion(capsys, tmp_path):
         "tstitch s": "sample sweep",
         "tstitch sample --so": "--solver",
         "tstitch sample --solver dd": "ddim ddpm",
-        "tstitch sample --networks fashion-s fas": "fashion-s fashion-xl",
+        "tstitch sample --networks fashion-s fas": "fashion-b fashion-s fashion-xl",
         "tstitch sample --plan pl": "plan.json",
         "tstitch train con": "configs",
         "tstitch evaluate a b --metrics f": "fid fid_infinity",
