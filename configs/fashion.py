@@ -45,3 +45,21 @@ def make(name: str, size: dict[str, Any], file: str = "", **training: Any) -> Tr
     )
     shared = dict(warmup=300, save_every=1000, stored_dtype="float16")
     return TrainConfig(card=card, data=DATA, **shared | training)
+
+
+def make_further(name: str, times: tuple[float, float]) -> TrainConfig:
+    """A run that trains fashion-b on, at these times."""
+    return make(
+        name,
+        {"width": 112, "depth": 4, "num_heads": 2},
+        init="fashion-b",
+        times=times,
+        steps=1200,
+        batch=128,
+        learning_rate=8e-4,
+        warmup=100,
+        cooldown=900,
+        ema=0.998,
+        min_snr=None,
+        seed=2,
+    )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import convert
-from tstitch_jax.checkpoint import load, make_network, module_of
+from tstitch_jax.checkpoint import load, make_network, module_of, read_card, save
 from tstitch_jax.networks import init_params
 from tstitch_jax.sampler import draw_noise
 from tstitch_jax.types import Card, Network, Prediction
@@ -141,3 +141,18 @@ def labelled_denoiser(params, x, knot, cond, /):
     centre = 0.1 * cond.astype(jnp.float32)[:, None, None, None]
     shifted = mixture_denoiser(params)(None, x - knot.alpha * centre, knot, None)
     return Prediction(shifted.x0 + centre, shifted.eps, jnp.full_like(x, 0.5))
+
+
+def write_text_pair(root: Path) -> dict[str, str]:
+    """Folders of a pair that is conditioned on texts, and of the goldens' text encoder, by name."""
+    convert(GOLDEN / "clip_tiny" / "text_encoder", root / "words")
+    width = read_card(root / "words").config["width"]
+    for seed, name in enumerate(("a", "b")):
+        card = Card(
+            name=name, architecture="unet", target="eps", learned_variance=False,
+            config={"widths": [4, 8], "layers": 1, "heads": [0, 2], "middle_heads": 0, "groups": 4},
+            schedule={"name": "scaled_linear"}, image_shape=(16, 16, 3), num_classes=0,
+            context=(77, width), text_encoder=str(root / "words"),
+        )  # fmt: skip
+        save(root / name, make_network(card, random_params(card, seed)))
+    return {path.name: str(path) for path in root.iterdir()}

@@ -13,11 +13,10 @@ from pathlib import Path
 import jaxtyping
 import numpy as np
 import pytest
-from helpers import GOLDEN, random_params, tiny_network
+from helpers import tiny_network, write_text_pair
 from PIL import Image
 
 import tstitch_jax as ts
-from checkpoints_convert import convert
 from tstitch_jax import checkpoint, cli, hub, pictures
 
 ROOT = Path(__file__).parents[1]
@@ -443,19 +442,7 @@ def test_to_uint8():
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """A pair that is conditioned on texts, and the text encoder of the goldens with its width."""
-    root = tmp_path_factory.mktemp("texts")
-    convert(GOLDEN / "clip_tiny" / "text_encoder", root / "words")
-    width = checkpoint.read_card(root / "words").config["width"]
-    for seed, name in enumerate(("a", "b")):
-        card = ts.Card(
-            name=name, architecture="unet", target="eps", learned_variance=False,
-            config={"widths": [4, 8], "layers": 1, "heads": [0, 2], "middle_heads": 0, "groups": 4},
-            schedule={"name": "scaled_linear"}, image_shape=(16, 16, 3), num_classes=0,
-            context=(77, width), text_encoder=str(root / "words"),
-        )  # fmt: skip
-        ts.save(root / name, ts.make_network(card, random_params(card, seed)))
-    return {path.name: str(path) for path in root.iterdir()}
+    return write_text_pair(tmp_path_factory.mktemp("texts"))
 
 
 def test_prompts(texts, tmp_path, capsys, monkeypatch):

@@ -13,12 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import tiny_network
+from helpers import GOLDEN, tiny_network, write_text_pair
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import tstitch_jax as ts
+from checkpoints_convert import convert
 from tstitch_jax import charts, checkpoint, cli
 from tstitch_jax import sweep as sweep_function
 from tstitch_jax.cli.text import load_config
@@ -273,6 +274,94 @@ def test_bad_input_is_named_before_anything_is_computed(config, tmp_path, change
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def of_texts(tmp_path_factory):
+    """A sweep of two networks that are conditioned on texts, measured by CLIP."""
+    root = tmp_path_factory.mktemp("texts")
+    pair = write_text_pair(root)
+    convert(GOLDEN / "clip_tiny" / "clip", root / "clip")
+    points = [
+        ts.Point(
+            series="shares", x=f, networks=[pair["a"], pair["b"]],
+            options=dict(fractions=[f, 1 - f], steps=2, cfg_scale=3.0, negative="blurred"),
+        )
+        for f in (0.0, 0.5)
+    ]  # fmt: skip
+    return ts.SweepConfig(
+        points=points, reference=None, features=str(root / "clip"), metrics=["clip_score"], num=3,
+        seeds=[0], batch=2, x_label="share", prompts=["a cat", "two dogs"],
+    )  # fmt: skip
+
+
+def test_networks_of_texts(of_texts, tmp_path):
+    path = sweep(dataclasses.replace(of_texts, keep_images=True), tmp_path / "out")
+    with path.open() as stream:
+        rows = list(csv.DictReader(stream))
+    for point, row in zip(of_texts.points, rows, strict=True):
+        images = tmp_path / "out" / "images" / f"shares-{point.x:g}-seed0" / "samples.npz"
+        networks = [ts.load(name) for name in point.networks]
+        encoder = ts.load(networks[0].card.text_encoder)
+        ts.generate(
+            tmp_path / row["x"], networks, num=3, batch=2, progress=False, text_encoder=encoder,
+            prompts=of_texts.prompts, **point.options,
+        )  # fmt: skip
+        with np.load(images) as found, np.load(tmp_path / row["x"] / "samples.npz") as expected:
+            np.testing.assert_array_equal(found["arr_0"], expected["arr_0"])
+        score = ts.evaluate(
+            images, features=ts.load(of_texts.features), prompts=["a cat", "two dogs", "a cat"],
+            progress=False,
+        )  # fmt: skip
+        key = "clip_score_clip"
+        assert float(row[key]) == pytest.approx(score.metrics[key], rel=1e-5)
+    assert rows[0]["clip_score_clip"] != rows[1]["clip_score_clip"]
+    assert (tmp_path / "out" / "pictures" / "shares-0.png").exists()
+    # Prompts and the negative text are of the settings.
+    others = dataclasses.replace(of_texts, prompts=["a cat", "two foxes"])
+    with pytest.raises(ValueError, match=r"other settings: prompts"):
+        sweep(others, tmp_path / "out")
+    without = [
+        dataclasses.replace(p, options={**p.options, "negative": ""}) for p in of_texts.points
+    ]
+    with pytest.raises(ValueError, match=r"other settings: .*negative"):
+        sweep(dataclasses.replace(of_texts, points=without), tmp_path / "out")
+    assert estimate(of_texts)[0].cost == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(prompts=None), "a draws images of texts; give the sweep prompts"),
+        (dict(prompts=[]), "prompts must be a list of texts"),
+        (dict(prompts="a cat"), "prompts must be a list of texts"),
+        (dict(metrics=["fid"]), "fid cannot be measured: there is no REFERENCE"),
+        (dict(metrics=["accuracy"]), "accuracy cannot be measured: clip knows no classes"),
+        (dict(negative=["x", "y"]), "negative must be one text"),
+        (dict(text_encoder="nowhere"), "nowhere"),
+        (dict(text_encoder=["words", "words", "words"]), "one for each of the 2 networks"),
+    ],
+)
+def test_bad_sweeps_of_texts(of_texts, tmp_path, change, message):
+    first, second = of_texts.points
+    words = ts.load(first.networks[0]).card.text_encoder
+    options = {k: v for k, v in change.items() if k in ("negative", "text_encoder")}
+    if isinstance(options.get("text_encoder"), list):
+        options["text_encoder"] = [words for _ in options["text_encoder"]]
+    whole = {k: v for k, v in change.items() if k not in options}
+    first = dataclasses.replace(first, options=first.options | options)
+    with pytest.raises(ValueError, match=message):
+        sweep(dataclasses.replace(of_texts, points=[first, second], **whole), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_are_of_no_use_to_classes(config, tmp_path):
+    with pytest.raises(ValueError, match="small is conditioned on classes; leave out the prompts"):
+        sweep(dataclasses.replace(config, prompts=["a cat"]), tmp_path / "out")
+    point = config.points[0]
+    point = dataclasses.replace(point, options=point.options | {"negative": "x"})
+    with pytest.raises(ValueError, match="negative goes with prompts"):
+        sweep(dataclasses.replace(config, points=[point]), tmp_path / "out")
+
+
 def test_costs_count_every_row_of_guidance(config, folder):
     small, large = (ts.load(folder / name).card.macs for name in ("small", "large"))
     point = config.points[1]
@@ -481,14 +570,19 @@ def test_charts_without_matplotlib(config, tmp_path, monkeypatch):
         sweep(config, tmp_path / "out")
 
 
-def test_the_projects_configurations():
+def test_the_projects_configurations(tmp_path, monkeypatch):
     """That they load; what they hold is checked as far as it goes without data."""
+    monkeypatch.chdir(tmp_path)
+    embedded = Path(ts.__file__).parent / "embedded" / "fashion-b"
+    for run in ("fashion_b_all", "fashion_b_late"):  # as if these had been trained
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "network").symlink_to(embedded)
     root = Path(__file__).parents[1] / "configs"
     files = sorted(set(root.glob("sweep_*.py")) - {root / "sweep_fashion.py"})
     points = {f.stem: len(load_config(str(f), ts.SweepConfig).points) for f in files}
     assert points == {
-        "sweep_allocation": 4, "sweep_fractions": 11, "sweep_guidance": 45, "sweep_steps": 27,
-        "sweep_three": 66,
+        "sweep_allocation": 4, "sweep_finetuned": 9, "sweep_fractions": 11, "sweep_guidance": 45,
+        "sweep_steps": 27, "sweep_three": 66,
     }  # fmt: skip
     loaded = {}
     for file in files:

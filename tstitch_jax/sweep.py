@@ -13,7 +13,7 @@ import re
 import shutil
 import statistics
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tstitch_jax import charts, hub, parallel, pictures, pipeline
+from tstitch_jax.conditioning import check_encoders, check_texts
 from tstitch_jax.costs import pareto_front, pass_seconds, passes, timed
 from tstitch_jax.evaluation import METRICS, evaluate, metric_key, metric_name, open_source
 from tstitch_jax.evaluation.request import check_request
@@ -33,12 +34,15 @@ from tstitch_jax.files import whole_file
 from tstitch_jax.generation import DEFAULTS, generate
 from tstitch_jax.plan import Plan
 from tstitch_jax.shards import differences
-from tstitch_jax.types import Autoencoder, FeatureNetwork, Network
+from tstitch_jax.types import Autoencoder, Card, FeatureNetwork, Network
 
 SETTINGS, TIMES, RESULTS = "settings.json", "times.json", "results.csv"
 
 ROUNDS = 5
 """Timed runs of each point, after one that warms up; a median needs no more."""
+
+OF_TEXTS = ("negative", "text_encoder")
+"""Options of a point besides those of ``generation.DEFAULTS``."""
 
 LOWER_IS_BETTER = ("fid", "sfid", "fid_infinity", "kid")
 """The measures that are distances; of the others more is better."""
@@ -54,7 +58,9 @@ class Point:
         networks: Names or folders, as ``load`` takes them, first steps first.
         options: Those of ``generate``: ``fractions`` or ``plan`` (a ``Plan``, or the list of its
             networks by step), ``steps``, ``spacing``, ``solver``, ``eta``, ``cfg_scale``,
-            ``cfg_channels``, ``cfg_rescale``, ``cfg_interval``, ``auto_scale``.
+            ``cfg_channels``, ``cfg_rescale``, ``cfg_interval``, ``auto_scale``, ``size``. With
+            prompts also ``negative``, and ``text_encoder``: a name, or one for each network;
+            those that the networks' cards name unless given.
     """
 
     series: str
@@ -69,7 +75,8 @@ class SweepConfig:
 
     Attributes:
         points: The ways of sampling; no two of a series at one x.
-        reference: What the images are measured against (``open_source``).
+        reference: What the images are measured against (``open_source``); None where no measure
+            needs it.
         features: Name or folder of the feature network.
         metrics: Of ``evaluation.METRICS``; the first is set against time.
         num: Images of each point and seed.
@@ -77,11 +84,13 @@ class SweepConfig:
         batch: Images of a device at a time.
         x_label: What the horizontal axis is.
         dtype: What the networks compute in, ``"float32"`` or ``"bfloat16"``.
+        prompts: For networks that are conditioned on texts: image i is of text
+            ``prompts[i % len(prompts)]``, at all points. ``"clip_score"`` measures how well.
         keep_images: Whether to keep all images, and not only the first ten of each point.
     """
 
     points: Sequence[Point]
-    reference: str
+    reference: str | None
     features: str
     metrics: Sequence[str]
     num: int
@@ -89,6 +98,7 @@ class SweepConfig:
     x_label: str
     batch: int = 16
     dtype: str = "float32"
+    prompts: Sequence[str] | None = None
     keep_images: bool = False
 
 
@@ -117,6 +127,7 @@ class _Way:
         name: What its files are called.
         networks, autoencoder: Loaded.
         options: Those of ``generate``, all of them.
+        texts: Of prompts, what ``generate`` is told of them.
         request: A batch for each device, to measure the time of.
     """
 
@@ -125,6 +136,7 @@ class _Way:
     networks: list[Network]
     autoencoder: Autoencoder | None
     options: dict[str, Any]
+    texts: dict[str, Any]
     request: pipeline.Sampling
 
     @property
@@ -144,7 +156,7 @@ class _Job:
     config: SweepConfig
     ways: list[_Way]
     features: FeatureNetwork
-    reference: Source
+    reference: Source | None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -157,9 +169,15 @@ class _Job:
             "platform": next(iter(leaf.devices())).platform,
             "jax": jax.__version__,
         }
+        if config.prompts is not None:
+            common["prompts"] = list(config.prompts)
         points = {}
         for way in self.ways:
             kept = {k: v for k, v in way.options.items() if k not in ("fractions", "plan", "steps")}
+            if way.texts:
+                kept["negative"] = way.texts["negative"]
+                encoders = [encoder.card for encoder in way.texts["text_encoder"]]
+                kept["text_encoder"] = [[card.name, card.checksum] for card in encoders]
             inputs = way.request.inputs
             points[way.name] = {
                 "networks": [[n.card.name, n.card.checksum] for n in way.networks],
@@ -212,6 +230,8 @@ def _check(config: SweepConfig) -> None:
         raise ValueError(f"unknown measure {wrong[0]!r}; choose from {', '.join(METRICS)}")
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, got {config.dtype!r}")
+    if config.prompts is not None:
+        check_texts("prompts", config.prompts)
     names: dict[str, Point] = {}
     for point in config.points:
         if not isinstance(point, Point):
@@ -228,6 +248,39 @@ def _check(config: SweepConfig) -> None:
             raise ValueError(f"{_where(point)} and {_where(other)} have one name, {_name(point)}")
 
 
+def _texts(
+    config: SweepConfig, cards: Sequence[Card], given: dict[str, Any], load: Callable[[str], Any]
+) -> dict[str, Any]:
+    """What ``generate`` is told of texts; raises ValueError if the networks take something else.
+
+    Args:
+        config: The sweep.
+        cards: Of a point's networks.
+        given: A point's options that are of texts.
+        load: From a name to a network.
+    """
+    for card in cards:
+        if card.context is not None and config.prompts is None:
+            raise ValueError(f"{card.name} draws images of texts; give the sweep prompts")
+        if card.context is None and config.prompts is not None:
+            raise ValueError(f"{card.name} is conditioned on classes; leave out the prompts")
+    if config.prompts is None:
+        if given:
+            raise ValueError(f"{min(given)} goes with prompts")
+        return {}
+    negative, names = given.get("negative", ""), given.get("text_encoder")
+    if not isinstance(negative, str):
+        raise ValueError(f"negative must be one text, got {negative!r:.60}")
+    if names is None:
+        names = [card.text_encoder for card in cards]
+    names = [names] * len(cards) if isinstance(names, str) else list(names)
+    if "" in names:
+        unsaid = cards[names.index("")].name
+        raise ValueError(f"the card of {unsaid} names no text encoder; give option text_encoder")
+    encoders = check_encoders([load(name) for name in names], cards)
+    return dict(prompts=list(config.prompts), negative=negative, text_encoder=encoders)
+
+
 def _open_way(config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict[str, Any]) -> _Way:
     """A point's networks and its options; raises ValueError if something is wrong with them."""
 
@@ -236,9 +289,11 @@ def _open_way(config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict
             loaded[name] = hub.load(name, getattr(jnp, config.dtype), mesh=mesh)
         return loaded[name]
 
-    if wrong := sorted(point.options.keys() - DEFAULTS.keys()):
-        raise ValueError(f"no option {wrong[0]!r}; choose from {', '.join(DEFAULTS)}")
-    options = DEFAULTS | point.options
+    known = (*DEFAULTS, *OF_TEXTS)
+    if wrong := sorted(point.options.keys() - set(known)):
+        raise ValueError(f"no option {wrong[0]!r}; choose from {', '.join(known)}")
+    of_texts = {name: point.options[name] for name in OF_TEXTS if name in point.options}
+    options = DEFAULTS | {k: v for k, v in point.options.items() if k not in of_texts}
     if not isinstance(options["solver"], str):
         raise ValueError(f"the solver must be a name, got {options['solver']!r:.60}")
     if isinstance(options["plan"], list | tuple | np.ndarray):
@@ -247,25 +302,25 @@ def _open_way(config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict
     for name, network in zip(point.networks, networks, strict=True):
         if not isinstance(network, Network):
             raise ValueError(f"{name} draws no images")
-        if network.card.context is not None:
-            raise ValueError(f"{name} draws images of texts; a sweep is for networks of classes")
+    texts = _texts(config, [network.card for network in networks], of_texts, load)
     coder = networks[-1].card.autoencoder
     coder = load(coder) if coder else None
     devices = 1 if mesh is None else mesh.shape[parallel.DATA]
-    labels = np.resize(np.arange(networks[-1].card.num_classes), config.batch * devices)
-    request = pipeline.prepare(
-        jax.random.key(0), networks, labels=labels.tolist(), autoencoder=coder, **options
-    )
+    cycle = texts.get("prompts") or range(networks[-1].card.num_classes)
+    first = [cycle[i % len(cycle)] for i in range(config.batch * devices)]
+    asked = texts | {"prompts": first} if texts else {"labels": first}
+    request = pipeline.prepare(jax.random.key(0), networks, autoencoder=coder, **asked, **options)
     return _Way(
         point=point, name=_name(point), networks=networks, autoencoder=coder, options=options,
-        request=request,
+        texts=texts, request=request,
     )  # fmt: skip
 
 
 def _open(config: SweepConfig, mesh: Mesh | None) -> _Job:
     """Checks a sweep and loads what it works with; nothing is computed, and nothing written."""
     _check(config)
-    reference, loaded, ways = open_source(config.reference), {}, []
+    reference = None if config.reference is None else open_source(config.reference)
+    loaded, ways = {}, []
     for point in config.points:
         try:
             ways.append(_open_way(config, point, mesh, loaded))
@@ -274,16 +329,25 @@ def _open(config: SweepConfig, mesh: Mesh | None) -> _Job:
     features = hub.load(config.features, mesh=mesh)
     for way in ways:
         height, width, _ = jax.eval_shape(way.request.function, way.request.inputs).shape[1:]
-        classes = way.networks[-1].card.num_classes
+        classes = None if way.texts else way.networks[-1].card.num_classes
         samples = Source(
             name="its images", count=config.num, shape=(height, width, 3),
-            labels=np.arange(config.num) % classes,
+            labels=None if classes is None else np.arange(config.num) % classes,
         )  # fmt: skip
         try:
-            check_request(samples, reference, features, config.metrics, None)
+            check_request(
+                samples, reference, features, config.metrics, None, _prompts_of_images(config)
+            )
         except ValueError as error:
             raise ValueError(f"{_where(way.point)}: {error}") from None
     return _Job(config=config, ways=ways, features=features, reference=reference)
+
+
+def _prompts_of_images(config: SweepConfig) -> list[str] | None:
+    """The text of each image, where they are to be compared with it."""
+    if config.prompts is None or "clip_score" not in config.metrics:
+        return None
+    return [config.prompts[i % len(config.prompts)] for i in range(config.num)]
 
 
 def _rows(way: _Way) -> np.ndarray:
@@ -422,11 +486,15 @@ def _draw(way: _Way, images: Path, file: Path) -> None:
     """A row of the first ten images."""
     source, card = open_source(images), way.networks[-1].card
     first = next(source.read(min(10, source.count)))
-    labels = [k % card.num_classes for k in range(len(first))]
+    if prompts := way.texts.get("prompts"):
+        names = [prompts[k % len(prompts)] for k in range(len(first))]
+    else:
+        labels = [k % card.num_classes for k in range(len(first))]
+        names = [card.class_names[k] if card.class_names else str(k) for k in labels]
     picture = pictures.grid(
         first[None].astype(np.float32) / 127.5 - 1,
         [""],
-        [card.class_names[k] if card.class_names else str(k) for k in labels],
+        names,
         title=f"{way.point.series}, {_x(way.point)}",
         footer=way.plan,
     )
@@ -441,11 +509,11 @@ def _measure(job: _Job, way: _Way, seed: int, out: Path, bar: tqdm, weight: floa
     with _followed(bar, images, config.batch, config.num, weight):
         generate(
             images, way.networks, num=config.num, seed=seed, batch=config.batch,
-            autoencoder=way.autoencoder, progress=False, **way.options,
+            autoencoder=way.autoencoder, progress=False, **way.texts, **way.options,
         )  # fmt: skip
     found = evaluate(
         images, job.reference, features=job.features, metrics=config.metrics,
-        cache=out / ".features", progress=False,
+        prompts=_prompts_of_images(config), cache=out / ".features", progress=False,
     )  # fmt: skip
     if seed == config.seeds[0]:
         _draw(way, images, out / "pictures" / f"{way.name}.png")
