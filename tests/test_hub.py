@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,64 @@ def test_download_once(server, net, capsys):
     check_download(net)
     assert server.seen == [None]
     assert "net.pt: 100%" in capsys.readouterr().err
+
+
+def archive_of(body, name="model.ckpt"):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.yaml", "no weights")
+        archive.writestr(name, body)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def archived(server, net, monkeypatch):
+    """The same file in an archive."""
+    server.files["/net.zip"] = archive_of(BODY)
+    entry = dataclasses.replace(hub.PUBLIC["net"], url=f"{server.url}/net.zip", member="model.ckpt")
+    monkeypatch.setitem(hub.PUBLIC, "net", entry)
+    return net
+
+
+def test_an_archive(server, archived):
+    check_download(archived)
+    check_download(archived)
+    assert server.seen == [None]
+    assert [p.name for p in archived.parent.iterdir() if ".zip" in p.name] == []
+
+
+def test_an_archive_that_was_not_unpacked(server, archived, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", killed)
+        with pytest.raises(KeyboardInterrupt):
+            hub.download("net")
+    assert not archived.exists()
+    check_download(archived)
+    assert server.seen == [None]
+
+
+DAMAGED = bytearray(archive_of(BODY))
+DAMAGED[len(DAMAGED) // 2] ^= 255
+
+
+@pytest.mark.parametrize("body", [b"no archive", archive_of(b"", "other.ckpt"), bytes(DAMAGED)])
+def test_another_archive(server, archived, body):
+    server.files["/net.zip"] = body
+    with pytest.raises(ValueError, match=r"net.pt.zip is no archive with model.ckpt whole"):
+        hub.download("net")
+    Path(f"{archived}.zip").unlink()
+    server.files["/net.zip"] = archive_of(BODY)
+    check_download(archived)
+
+
+def test_an_archive_by_other_means(server, archived):
+    server.status = 404
+    said = rf"Save model.ckpt in {server.url}/net.zip as net.pt by other means"
+    with pytest.raises(ValueError, match=said):
+        hub.download("net")
 
 
 def test_a_dropped_connection_goes_on(server, net):
@@ -438,7 +497,11 @@ def clip_of(name):
 def test_the_table_says_what_the_networks_are(name):
     entry = hub.PUBLIC[name]
     if entry.family == "autoencoder":
-        module = LatentAutoencoder((128, 256, 512, 512), 2, 4, entry.image_shape)
+        widths, latents, more = {
+            "vq-f4": ((128, 256, 512), 3, dict(codebook=8192)),
+            "vq-f8": ((128, 256, 256, 512), 4, dict(codebook=16384, attention=(3,))),
+        }.get(name, ((128, 256, 512, 512), 4, {}))
+        module = LatentAutoencoder(widths, 2, latents, entry.image_shape, **more)
     elif entry.family == "inception":
         module = inception.Inception(entry.num_classes, entry.image_shape)
     elif entry.family == "clip":
@@ -535,6 +598,11 @@ def test_a_pipeline_of_the_hub(cache, tmp_path, monkeypatch):
     # A known one has the usual text encoder.
     assert ts.load("bk-sdm-tiny").card.text_encoder == ""  # of contexts of another width
     assert hub_.asked[0] == ("nota-ai/bk-sdm-tiny", "unet/config.json")
+    # It is kept once, by whichever name it is asked for.
+    hub_.asked.clear()
+    assert hub.is_cached("nota-ai/bk-sdm-tiny")
+    assert ts.load("nota-ai/bk-sdm-tiny").card.name == "bk-sdm-tiny"
+    assert not hub_.asked
     with pytest.raises(ValueError, match=r"the repository someone/x has no weights in vae"):
         ts.load("someone/x/vae")
     hub_.asked.clear()
@@ -543,8 +611,6 @@ def test_a_pipeline_of_the_hub(cache, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="someone/xl is of Stable Diffusion 2, XL or later"):
         ts.load("someone/xl")
     assert hub_.asked == [("someone/xl", "unet/config.json")]
-    with pytest.raises(ValueError, match=r"vq-f8 has to be fetched by hand: unpack https://.*zip"):
-        hub.find("vq-f8")
     (tmp_path / "someone").mkdir()
     with pytest.raises(ValueError, match="no network folder at someone/anime"):
         hub.find("someone/anime")

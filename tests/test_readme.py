@@ -61,7 +61,7 @@ def public_networks(tmp_path, monkeypatch):
     convert(GOLDEN / "diffusers_tiny" / "vae", tmp_path / "networks" / "sd-vae-ft-ema")
     words = tmp_path / "networks" / "sd-text-encoder"
     width = convert(GOLDEN / "clip_tiny" / "text_encoder", words).config["width"]
-    for name in ("bk-sdm-tiny", "CompVis--stable-diffusion-v1-4"):
+    for name in ("bk-sdm-tiny", "sd-1-4"):
         card = ts.Card(
             name=name, architecture="unet", target="eps", learned_variance=False,
             config={"widths": [4, 8], "layers": 1, "heads": [0, 2], "middle_heads": 0, "groups": 4},

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tstitch_jax import checkpoint, parallel
+from tstitch_jax.files import whole_file
 from tstitch_jax.schedules import unknown
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -40,7 +42,8 @@ class Public:
         files: Names of its files; none where they are those of ``part``.
         source, license, num_params, macs, data, image_shape, num_classes: As in the card; some have
             no classes (0), and one that takes texts has no image shape.
-        url: Address of the one file, or empty.
+        url: Address of the one file, or of an archive that holds it, or empty.
+        member: What the file is called in the archive, or empty.
         repo: Repository on the Hugging Face hub that holds the files, or empty.
         part: The folder of a pipeline of diffusers that the repository holds, or empty. Its files
             are asked for, as repositories have the weights in one format or another.
@@ -57,6 +60,7 @@ class Public:
     image_shape: tuple[int, ...] = (32, 32, 4)
     num_classes: int = 1000
     url: str = ""
+    member: str = ""
     repo: str = ""
     part: str = ""
     text_encoder: str = ""
@@ -94,6 +98,23 @@ def _class_to_image(drive: str, file: str, num_params: int, macs: int) -> Public
         license="NVIDIA Source Code License (non-commercial)",
         num_params=num_params,
         macs=macs,
+    )
+
+
+def _vq(name: str, num_params: int, macs: int) -> Public:
+    """A VQ autoencoder of the latent diffusion paper's."""
+    return Public(
+        family="autoencoder",
+        files=(f"{name}.ckpt",),
+        url=f"https://ommer-lab.com/files/latent-diffusion/{name}.zip",
+        member="model.ckpt",
+        source="github.com/CompVis/latent-diffusion",
+        license="MIT",
+        num_params=num_params,
+        macs=macs,
+        data="OpenImages",
+        image_shape=(256, 256, 3),
+        num_classes=0,
     )
 
 
@@ -230,6 +251,8 @@ PUBLIC: dict[str, Public] = {
     "ldm": _class_to_image(
         "1YRnLZuR8xIS9GgtU7a_sTTH5G2KkJk7s", "ldm.ckpt", 395_496_708, 57_038_602_240
     ),
+    "vq-f4": _vq("vq-f4", 55_322_782, 508_009_979_904),
+    "vq-f8": _vq("vq-f8", 67_717_295, 349_322_641_408),
     "sd-text-encoder": Public(
         family="text_encoder",
         files=(
@@ -301,10 +324,6 @@ def public(name: str) -> Public | None:
     )  # fmt: skip
 
 
-_BY_HAND = {"vq-f8": "https://ommer-lab.com/files/latent-diffusion/vq-f8.zip"}
-"""Networks that cards name and that lie in archives, with their addresses."""
-
-
 def _known(name: str) -> Public:
     entry = public(name)
     if entry is None:
@@ -319,20 +338,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tstitch_jax"
 
 
+def _short(name: str) -> str:
+    """The name in ``PUBLIC`` of what also goes by that of its repository, which is kept once."""
+    entry = public(name)
+    return next((key for key, each in PUBLIC.items() if each is entry), name)
+
+
 def _network_folder(name: str) -> Path:
     return cache_folder() / "networks" / name.replace("/", "--")
 
 
 def is_cached(name: str) -> bool:
     """Whether a public network was downloaded and converted."""
-    return (_network_folder(name) / "card.json").exists()
+    return (_network_folder(_short(name)) / "card.json").exists()
 
 
 def _failure(name: str, reason: object) -> ValueError:
     """The error of a download, with the way around it."""
     entry = _known(name)
     if entry.url:
-        urls = [shlex.quote(entry.url)]
+        inside = f"{entry.member} in " if entry.member else ""
+        urls = [inside + shlex.quote(entry.url)]
     elif entry.part:
         beside = {"unet": "unet and scheduler", "text_encoder": "text_encoder and tokenizer"}
         folders = beside.get(entry.part, entry.part)
@@ -462,20 +488,40 @@ def _transfer(url: str, part: Path) -> None:
         raise _Dropped(f"the connection closed after {_size(part)} of {total} bytes")
 
 
+def _unpack(archive: Path, member: str, path: Path) -> None:
+    """One file of an archive, which is deleted then; raises ValueError if it is not in there."""
+    import zipfile
+    import zlib
+
+    try:
+        with (
+            zipfile.ZipFile(archive) as files,
+            files.open(member) as source,
+            whole_file(path) as stream,
+        ):
+            shutil.copyfileobj(source, stream, CHUNK)
+    except (zipfile.BadZipFile, zlib.error, KeyError):
+        raise ValueError(
+            f"{archive} is no archive with {member} whole in it; delete it to download it again"
+        ) from None
+    archive.unlink()
+
+
 def _download_url(name: str) -> Path:
     from filelock import FileLock
 
     entry = _known(name)
     path = cache_folder() / "downloads" / entry.files[0]
-    part = Path(f"{path}.part")
+    whole = Path(f"{path}.zip") if entry.member else path
+    part = Path(f"{whole}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         left = 0  # a server that never answered is not asked again
-        while not path.exists():
+        while not path.exists() and not whole.exists():
             before = _size(part)
             try:
                 _transfer(entry.url, part)
-                os.replace(part, path)
+                os.replace(part, whole)
                 Path(f"{part}.json").unlink(missing_ok=True)
             except _Refused as error:
                 raise _failure(name, error) from None
@@ -484,6 +530,8 @@ def _download_url(name: str) -> Path:
                 if left <= 0:
                     raise _failure(name, error) from None
                 time.sleep(PAUSE * 2 ** (RETRIES - left))
+        if not path.exists():
+            _unpack(whole, entry.member, path)
     return path
 
 
@@ -565,6 +613,7 @@ def fetch(name: str) -> Path:
     """
     from filelock import FileLock
 
+    name = _short(name)
     entry, out = _known(name), _network_folder(name)
     card = out / "card.json"
     if card.exists():
@@ -626,11 +675,6 @@ def find(name: str | os.PathLike[str]) -> Path:
         return fetch(text)
     if os.sep in text:
         raise ValueError(f"no network folder at {name}")
-    if text in _BY_HAND:
-        raise ValueError(
-            f"{text} has to be fetched by hand: unpack {_BY_HAND[text]} and run: tstitch convert "
-            f"model.ckpt {text} --family autoencoder; then a folder {text} here goes by that name"
-        )
     raise unknown("network", name, [*embedded_names(), *PUBLIC])
 
 
