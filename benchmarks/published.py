@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import tstitch_jax as ts
 from tstitch_jax.checkpoint import module_of
-from tstitch_jax.networks import SIZES, param_shapes
+from tstitch_jax.networks import SIZES, param_shapes, unet
 
 
 def dit(name: str, size: int = 256) -> ts.Card:
@@ -28,6 +28,31 @@ def dit(name: str, size: int = 256) -> ts.Card:
     )
 
 
+def text_to_image(name: str, size: int = 512) -> ts.Card:
+    """The card of a U-Net of Stable Diffusion's kind, such as ``"sd-1"``, for such images."""
+    return ts.Card(
+        name=name,
+        architecture="unet",
+        config=unet.SIZES[name],
+        target="eps",
+        learned_variance=False,
+        schedule={"name": "scaled_linear"},
+        image_shape=(size // 8, size // 8, 4),
+        num_classes=0,
+        context=CONTEXT,
+    )
+
+
+CONTEXT = 77, 768
+"""Tokens of a text, and their width."""
+
+TEXT_ENCODER = ts.TextEncoderCard(
+    name="sd-text-encoder",
+    architecture="clip_text",
+    config={"vocabulary": 49408, "width": 768, "depth": 12, "num_heads": 12, "mlp_width": 3072},
+)
+"""Of Stable Diffusion."""
+
 AUTOENCODER = ts.AutoencoderCard(
     name="sd-vae",
     architecture="autoencoder",
@@ -41,7 +66,7 @@ AUTOENCODER = ts.AutoencoderCard(
 def make(
     card: Any, dtype: Any = jnp.float32, leaf: Callable[[Any], Any] = lambda shape: shape
 ) -> Any:
-    """The network or autoencoder of a card, its parameters as ``leaf`` makes them of a shape."""
+    """What a card describes, its parameters as ``leaf`` makes them of a shape."""
     params = jax.tree.map(leaf, param_shapes(module_of(card)))
-    kind = ts.make_network if isinstance(card, ts.Card) else ts.make_autoencoder
-    return kind(card, params, dtype)
+    kinds = {ts.Card: ts.make_network, ts.TextEncoderCard: ts.make_text_encoder}
+    return kinds.get(type(card), ts.make_autoencoder)(card, params, dtype)

@@ -2,13 +2,15 @@
 
     python benchmarks/tpu_aot.py [--topology v5e:2x2] [--size 256] [--images 8] [--ops 10]
     python benchmarks/tpu_aot.py --check     # every topology and size, 8 images: do goals hold?
+    python benchmarks/tpu_aot.py --text      # BK-SDM-tiny + Stable Diffusion 1, and texts, 512 px
 
-Needs libtpu (``pip install "jax[tpu]"``), but no TPU. DiT-S/2 + DiT-XL/2, guided, 50 DDIM steps,
-bfloat16, with the decoder, data-parallel over the topology's chips. Only shapes are given, nothing
-runs. The cycles are the ``estimated_cycles`` that the TPU compiler writes at the instructions of
-its program, a loop's as often as it runs, summed by network. It writes none at copies between
-memories that run beside the computation; the time of those from and to HBM is printed for itself,
-and the share of the roofline also as it would be if no copy were hidden.
+Needs libtpu (``pip install "jax[tpu]"``), but no TPU. DiT-S/2 + DiT-XL/2 (or with ``--text`` the
+U-Nets), guided, 50 DDIM steps, bfloat16, with the decoder, data-parallel over the topology's chips.
+Only shapes are given, nothing runs. The cycles are the ``estimated_cycles`` that the TPU compiler
+writes at the instructions of its program, a loop's as often as it runs, summed by network. It
+writes none at copies between memories that run beside the computation; the time of those from and
+to HBM is printed for itself, and the share of the roofline also as it would be if no copy were
+hidden.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import published
 
 import tstitch_jax as ts
 from tstitch_jax import pipeline
 
 NAMES = ("dit-s-2", "dit-xl-2")
+TEXT_NAMES = ("bk-sdm-tiny", "sd-1")
 STEPS = 50
 
 
@@ -73,7 +77,7 @@ def devices_of(topology: str) -> list[Any]:
 
 
 def compile_sampler(
-    topology: str, size: int, images: int, decode: bool = True
+    topology: str, size: int, images: int, decode: bool = True, text: bool = False
 ) -> tuple[jax.stages.Compiled, float, list[int]]:
     """The executable for so many images a device, its compile time, and the networks' work."""
     devices = devices_of(topology)
@@ -82,14 +86,42 @@ def compile_sampler(
     def make(card: Any) -> Any:
         return ts.shard(published.make(card, jnp.bfloat16), mesh)
 
-    networks = [make(published.dit(name, size)) for name in NAMES]
+    count = images * len(devices)
+    if text:
+        networks = [make(published.text_to_image(name, size)) for name in TEXT_NAMES]
+        contexts = np.zeros((count, *published.CONTEXT), np.float32)
+        asked: dict[str, Any] = dict(context=contexts, negative=contexts[:1])
+    else:
+        networks = [make(published.dit(name, size)) for name in NAMES]
+        asked = dict(labels=[0] * count)
     request = pipeline.prepare(
-        jax.random.key(0), networks, labels=[0] * (images * len(devices)), fractions=[0.5, 0.5],
-        steps=STEPS, autoencoder=make(published.AUTOENCODER) if decode else None, decode=decode,
+        jax.random.key(0), networks, **asked, fractions=[0.5, 0.5], steps=STEPS,
+        autoencoder=make(published.AUTOENCODER) if decode else None, decode=decode,
     )  # fmt: skip
     start = time.perf_counter()
     compiled = request.compile()
     return compiled, time.perf_counter() - start, [network.card.macs for network in networks]
+
+
+def report_encoder(topology: str, images: int) -> None:
+    """The text encoder, a program of its own that runs before the sampler."""
+    device = devices_of(topology)[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    encoder = published.make(published.TEXT_ENCODER, jnp.bfloat16)
+
+    def there(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    ids = jax.ShapeDtypeStruct((images, encoder.tokens), jnp.int32, sharding=place)
+    start = time.perf_counter()
+    compiled = jax.jit(encoder.encode).lower(jax.tree.map(there, encoder.params), ids).compile()
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    print(
+        f"{topology} texts, {images} a device: compiled in {seconds:.0f} s; arguments "
+        f"{memory.argument_size_in_bytes / 1e9:.2f} GB + temporaries "
+        f"{memory.temp_size_in_bytes / 1e9:.2f} GB",
+        flush=True,
+    )
 
 
 class Instruction(NamedTuple):
@@ -180,10 +212,11 @@ def most_expensive(instructions: list[tuple[int, Instruction]], count: int) -> N
 
 
 def report(
-    topology: str, size: int, images: int, decode: bool, ops: int, save: str, check: bool
-) -> None:
+    topology: str, size: int, images: int, decode: bool, ops: int, save: str, check: bool,
+    of_text: bool,
+) -> None:  # fmt: skip
     chip = CHIPS[topology.split(":")[0]]
-    compiled, seconds, macs = compile_sampler(topology, size, images, decode)
+    compiled, seconds, macs = compile_sampler(topology, size, images, decode, of_text)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if save:
         with open(save, "w") as file:
@@ -204,7 +237,8 @@ def report(
         assert arguments + temporaries < 2.5, "the program does not fit 2.5 GB"
         assert re.search(rf"s32\[{STEPS}\]\S* parameter\(", text), "the plan is no argument"
     shares = []
-    for name, work, branch in zip(NAMES, macs, switch.called, strict=True):
+    names = TEXT_NAMES if of_text else NAMES
+    for name, work, branch in zip(names, macs, switch.called, strict=True):
         found = list(program.walk(branch, switch=True))
         cycles = sum(times * each.cycles for times, each in found)
         copied = sum(times * each.copied for times, each in found)
@@ -250,12 +284,18 @@ if __name__ == "__main__":
     parser.add_argument("--ops", type=int, default=0, help="how many instructions to list")
     parser.add_argument("--save", default="", help="where to write the program's text")
     parser.add_argument("--check", action="store_true", help="that the goals are met")
+    parser.add_argument("--text", action="store_true", help="Stable Diffusion, one 512 px image")
     given = parser.parse_args()
+    if given.text:
+        given.size, given.images = [512], [1]
     if given.check:
         given.topology, given.size, given.images = TOPOLOGIES, [256, 512], [8]
     for topology in given.topology:
+        if given.text:
+            report_encoder(topology, given.images[0])
         for size in given.size:
             for images in given.images:
                 report(
-                    topology, size, images, not given.latents, given.ops, given.save, given.check
-                )
+                    topology, size, images, not given.latents, given.ops, given.save, given.check,
+                    given.text,
+                )  # fmt: skip
