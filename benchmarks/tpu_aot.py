@@ -278,16 +278,18 @@ def report(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", nargs="*", default=["v5e:2x2"], help=", ".join(TOPOLOGIES))
-    parser.add_argument("--size", nargs="*", type=int, default=[256], help="side of the images")
-    parser.add_argument("--images", nargs="*", type=int, default=[8, 32], help="a device")
+    parser.add_argument("--size", nargs="*", type=int, help="side of the images (256; texts: 512)")
+    parser.add_argument("--images", nargs="*", type=int, help="a device (8 and 32; texts: 1)")
     parser.add_argument("--latents", action="store_true", help="without the decoder")
     parser.add_argument("--ops", type=int, default=0, help="how many instructions to list")
     parser.add_argument("--save", default="", help="where to write the program's text")
     parser.add_argument("--check", action="store_true", help="that the goals are met")
-    parser.add_argument("--text", action="store_true", help="Stable Diffusion, one 512 px image")
+    parser.add_argument("--text", action="store_true", help="of Stable Diffusion instead of DiT")
     given = parser.parse_args()
-    if given.text:
-        given.size, given.images = [512], [1]
+    if given.text and given.check:
+        parser.error("--check is of DiT; leave out --text")
+    given.size = given.size or ([512] if given.text else [256])
+    given.images = given.images or ([1] if given.text else [8, 32])
     if given.check:
         given.topology, given.size, given.images = TOPOLOGIES, [256, 512], [8]
     for topology in given.topology:

@@ -4,7 +4,8 @@ With fashion_b_all.py, which spends as much on all times: does a network that is
 training for its stage alone? sweep_finetuned.py compares the two.
 
 Command:  tstitch train configs/fashion_b_late.py --out runs/fashion_b_late
-Data:     tensorflow-datasets' fashion_mnist; or --data FILE.npz with x_train and y_train
+Data:     --data fashion_mnist.npz, which fetch_fashion_mnist.py --split embedded writes: the
+          images that sweep_finetuned.py compares with must not be among them
 Cost:     153,600 images, about 15 minutes on 2 CPU cores
 Expected: docs/results.md
 """

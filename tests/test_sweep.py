@@ -324,7 +324,20 @@ def test_networks_of_texts(of_texts, tmp_path):
     ]
     with pytest.raises(ValueError, match=r"other settings: .*negative"):
         sweep(dataclasses.replace(of_texts, points=without), tmp_path / "out")
-    assert estimate(of_texts)[0].cost == 1
+    first, second = estimate(of_texts)
+    assert first.cost == second.cost == 1  # of networks of one size
+    assert first.seconds > 0
+
+
+def test_another_size_and_encoder(of_texts):
+    point = of_texts.points[0]
+    words = ts.load(point.networks[0]).card.text_encoder
+    options = point.options | {"size": (32, 16), "text_encoder": [words, words]}
+    larger = dataclasses.replace(point, series="larger", options=options)
+    found = estimate(dataclasses.replace(of_texts, points=[point, larger]))
+    assert [each.cost for each in found] == [0.5, 1]
+    way = _open_way(of_texts, larger, None, {})
+    assert [encoder.card.name for encoder in way.texts["text_encoder"]] == ["words", "words"]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +350,9 @@ def test_networks_of_texts(of_texts, tmp_path):
         (dict(metrics=["accuracy"]), "accuracy cannot be measured: clip knows no classes"),
         (dict(negative=["x", "y"]), "negative must be one text"),
         (dict(text_encoder="nowhere"), "nowhere"),
-        (dict(text_encoder=["words", "words", "words"]), "one for each of the 2 networks"),
+        (dict(text_encoder=["words", "words", ""]), "or one for each of the 2 networks, got 3"),
+        (dict(text_encoder=["words", ""]), "the card of b names no text encoder; give option"),
+        (dict(text_encoder=3), "text_encoder must be a name or a list of names, got 3"),
     ],
 )
 def test_bad_sweeps_of_texts(of_texts, tmp_path, change, message):
@@ -345,7 +360,7 @@ def test_bad_sweeps_of_texts(of_texts, tmp_path, change, message):
     words = ts.load(first.networks[0]).card.text_encoder
     options = {k: v for k, v in change.items() if k in ("negative", "text_encoder")}
     if isinstance(options.get("text_encoder"), list):
-        options["text_encoder"] = [words for _ in options["text_encoder"]]
+        options["text_encoder"] = [name and words for name in options["text_encoder"]]
     whole = {k: v for k, v in change.items() if k not in options}
     first = dataclasses.replace(first, options=first.options | options)
     with pytest.raises(ValueError, match=message):

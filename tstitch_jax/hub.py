@@ -350,7 +350,7 @@ def _network_folder(name: str) -> Path:
 
 def is_cached(name: str) -> bool:
     """Whether a public network was downloaded and converted."""
-    return (_network_folder(_short(name)) / "card.json").exists()
+    return any((_network_folder(each) / "card.json").exists() for each in (name, _short(name)))
 
 
 def _failure(name: str, reason: object) -> ValueError:
@@ -489,7 +489,7 @@ def _transfer(url: str, part: Path) -> None:
 
 
 def _unpack(archive: Path, member: str, path: Path) -> None:
-    """One file of an archive, which is deleted then; raises ValueError if it is not in there."""
+    """One file of an archive; raises ValueError if it is not in there, or damaged."""
     import zipfile
     import zlib
 
@@ -500,11 +500,10 @@ def _unpack(archive: Path, member: str, path: Path) -> None:
             whole_file(path) as stream,
         ):
             shutil.copyfileobj(source, stream, CHUNK)
-    except (zipfile.BadZipFile, zlib.error, KeyError):
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"{archive} is no archive with {member} whole in it; delete it to download it again"
-        ) from None
-    archive.unlink()
+        ) from error
 
 
 def _download_url(name: str) -> Path:
@@ -531,7 +530,11 @@ def _download_url(name: str) -> Path:
                     raise _failure(name, error) from None
                 time.sleep(PAUSE * 2 ** (RETRIES - left))
         if not path.exists():
+            for left in path.parent.glob(f".{path.name}.*"):  # of a killed process
+                left.unlink()
             _unpack(whole, entry.member, path)
+        if entry.member:
+            whole.unlink(missing_ok=True)
     return path
 
 
@@ -613,6 +616,8 @@ def fetch(name: str) -> Path:
     """
     from filelock import FileLock
 
+    if (_network_folder(name) / "card.json").exists():
+        return _network_folder(name)
     name = _short(name)
     entry, out = _known(name), _network_folder(name)
     card = out / "card.json"

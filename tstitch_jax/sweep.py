@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import statistics
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tstitch_jax import charts, hub, parallel, pictures, pipeline
+from tstitch_jax.checks import is_list
 from tstitch_jax.conditioning import check_encoders, check_texts
 from tstitch_jax.costs import pareto_front, pass_seconds, passes, timed
 from tstitch_jax.evaluation import METRICS, evaluate, metric_key, metric_name, open_source
@@ -108,7 +110,8 @@ class Estimate(NamedTuple):
     Attributes:
         point: The point.
         plan: Its plan in words.
-        cost: Multiply-adds of an image, those of the dearest point being 1.
+        cost: Multiply-adds of an image, those of the dearest point being 1. Of another size than
+            that of a network's card they are taken to be in proportion to the pixels.
         seconds: Of an image.
     """
 
@@ -259,11 +262,16 @@ def _texts(
         given: A point's options that are of texts.
         load: From a name to a network.
     """
-    for card in cards:
-        if card.context is not None and config.prompts is None:
-            raise ValueError(f"{card.name} draws images of texts; give the sweep prompts")
-        if card.context is None and config.prompts is not None:
-            raise ValueError(f"{card.name} is conditioned on classes; leave out the prompts")
+    of_texts = {card.context is not None: card.name for card in cards}
+    if len(of_texts) > 1:
+        raise ValueError(
+            f"{of_texts[True]} is conditioned on texts, {of_texts[False]} on classes; a sweep is "
+            "of the one or the other"
+        )
+    if True in of_texts and config.prompts is None:
+        raise ValueError(f"{cards[0].name} draws images of texts; give the sweep prompts")
+    if False in of_texts and config.prompts is not None:
+        raise ValueError(f"{cards[0].name} is conditioned on classes; leave out the prompts")
     if config.prompts is None:
         if given:
             raise ValueError(f"{min(given)} goes with prompts")
@@ -273,7 +281,14 @@ def _texts(
         raise ValueError(f"negative must be one text, got {negative!r:.60}")
     if names is None:
         names = [card.text_encoder for card in cards]
-    names = [names] * len(cards) if isinstance(names, str) else list(names)
+    names = [names] * len(cards) if isinstance(names, str) else names
+    if not is_list(names) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"text_encoder must be a name or a list of names, got {names!r:.60}")
+    if len(names) != len(cards):
+        raise ValueError(
+            f"text_encoder must be one name, or one for each of the {len(cards)} networks, got "
+            f"{len(names)}"
+        )
     if "" in names:
         unsaid = cards[names.index("")].name
         raise ValueError(f"the card of {unsaid} names no text encoder; give option text_encoder")
@@ -306,9 +321,13 @@ def _open_way(config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict
     coder = networks[-1].card.autoencoder
     coder = load(coder) if coder else None
     devices = 1 if mesh is None else mesh.shape[parallel.DATA]
-    cycle = texts.get("prompts") or range(networks[-1].card.num_classes)
-    first = [cycle[i % len(cycle)] for i in range(config.batch * devices)]
-    asked = texts | {"prompts": first} if texts else {"labels": first}
+    count = config.batch * devices
+    if texts:  # numbers of any kind, as nothing is to be computed yet
+        shapes = [(count, encoder.tokens, encoder.width) for encoder in texts["text_encoder"]]
+        contexts = [np.zeros(shape, np.float32) for shape in shapes]
+        asked: dict[str, Any] = dict(context=contexts, negative=contexts)
+    else:
+        asked = dict(labels=np.resize(np.arange(networks[-1].card.num_classes), count).tolist())
     request = pipeline.prepare(jax.random.key(0), networks, autoencoder=coder, **asked, **options)
     return _Way(
         point=point, name=_name(point), networks=networks, autoencoder=coder, options=options,
@@ -359,7 +378,8 @@ def _rows(way: _Way) -> np.ndarray:
 def estimate(config: SweepConfig, *, mesh: Mesh | None = None) -> list[Estimate]:
     """What a sweep will cost, from one measured step of each network.
 
-    The networks' own times, without those of an autoencoder and of measuring the images.
+    The networks' own times, without those of text encoders, of an autoencoder and of measuring the
+    images.
 
     Args:
         config: The sweep.
@@ -369,20 +389,28 @@ def estimate(config: SweepConfig, *, mesh: Mesh | None = None) -> list[Estimate]
         ValueError: As ``sweep`` does, before anything is computed.
     """
     job = _open(config, mesh)
-    networks = list({id(n): n for way in job.ways for n in way.networks}.values())
-    times = pass_seconds(networks, job.ways[0].request.batch)
-    seconds = {id(network): each for network, each in zip(networks, times, strict=True)}
+    shapes = [way.request.static["shape"] for way in job.ways]
+    seconds: dict[tuple[int, Any], float] = {}
+    for shape in dict.fromkeys(shapes):
+        ways = [way for way, own in zip(job.ways, shapes, strict=True) if own == shape]
+        networks = list({id(n): n for way in ways for n in way.networks}.values())
+        times = pass_seconds(networks, ways[0].request.batch, shape)
+        seconds |= {(id(n), shape): each for n, each in zip(networks, times, strict=True)}
     rows = [_rows(way) for way in job.ways]
+
+    def macs(network: Network, shape: tuple[int, ...]) -> float:
+        return network.card.macs * math.prod(shape[:2]) / math.prod(network.card.image_shape[:2])
+
     costs = [
-        float(np.dot(row, [n.card.macs for n in way.networks]))
-        for row, way in zip(rows, job.ways, strict=True)
+        float(np.dot(row, [macs(n, shape) for n in way.networks]))
+        for row, way, shape in zip(rows, job.ways, shapes, strict=True)
     ]
     return [
         Estimate(
             way.point, way.plan, cost / (max(costs) or 1),
-            float(np.dot(row, [seconds[id(n)] for n in way.networks])),
+            float(np.dot(row, [seconds[id(n), shape] for n in way.networks])),
         )
-        for way, cost, row in zip(job.ways, costs, rows, strict=True)
+        for way, cost, row, shape in zip(job.ways, costs, rows, shapes, strict=True)
     ]  # fmt: skip
 
 
@@ -487,7 +515,8 @@ def _draw(way: _Way, images: Path, file: Path) -> None:
     source, card = open_source(images), way.networks[-1].card
     first = next(source.read(min(10, source.count)))
     if prompts := way.texts.get("prompts"):
-        names = [prompts[k % len(prompts)] for k in range(len(first))]
+        chosen = [prompts[k % len(prompts)] for k in range(len(first))]
+        names = [textwrap.shorten(text, 40, placeholder="...") for text in chosen]
     else:
         labels = [k % card.num_classes for k in range(len(first))]
         names = [card.class_names[k] if card.class_names else str(k) for k in labels]
