@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import itertools
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from scipy.stats import spearmanr
 import tstitch_jax as ts
 from tstitch_jax import charts, pipeline
 from tstitch_jax.cli.text import load_config
+from tstitch_jax.costs import pareto_front
 from tstitch_jax.files import whole_file
 
 HERE = Path(__file__).parent
@@ -29,7 +33,7 @@ RESULTS = HERE / "results"
 CONFIGS = HERE.parent / "configs"
 NAMES = ["fashion-s", "fashion-xl"]
 THREE = ["fashion-s", "fashion-b", "fashion-xl"]
-CALIBRATED = ["fractions", "allocation"]
+CALIBRATED = ["fractions", "allocation", "three", "guidance", "steps"]
 """The sweeps whose plans are predicted, too."""
 
 STEPS, CONDITIONS, SEEDS = 50, 256, 5
@@ -155,47 +159,49 @@ def plan_of(text: str, names: Sequence[str]) -> ts.Plan:
 
 
 def measure_calibration() -> None:
-    """What calibrations predict of the sweeps' plans, and what they choose, beside what was found.
+    """What calibrations predict of the sweeps' plans, and what they choose.
 
     A calibration is of all the points that differ in their plan only.
     """
     rows, chosen = [], []
     for sweep in CALIBRATED:
         config = load_config(str(CONFIGS / f"sweep_{sweep}.py"), ts.SweepConfig)
-        settings: dict[str, list[tuple[ts.Point, dict[str, str]]]] = {}
-        for point, row in zip(config.points, read(f"{sweep}/results.csv"), strict=True):
-            settings.setdefault(setting(sweep, row), []).append((point, row))
+        settings: dict[str, list[ts.Point]] = {}
+        for point in config.points:
+            name = setting(sweep, point.series, point.options["solver"], point.options["steps"])
+            settings.setdefault(name, []).append(point)
         for name, points in settings.items():
-            names = list(points[0][0].networks)
-            options = points[0][0].options
-            options = {k: v for k, v in options.items() if k not in ("plan", "fractions")}
+            names = list(points[0].networks)
             networks = [ts.load(each) for each in names]
+            plans = [
+                pipeline.prepare(jax.random.key(0), networks, labels=[0], **point.options).plan
+                for point in points
+            ]
+            options = {"cfg_scale": 1.5} | points[0].options
+            options = {k: v for k, v in options.items() if k not in ("plan", "fractions")}
             for seed in range(SEEDS):
-                found = ts.calibrate(
-                    jax.random.key(seed), networks, costs="macs", **{"cfg_scale": 1.5} | options
-                )
-                for point, row in points:
-                    plan = point.options.get("plan") or plan_of(row["plan"], names)
+                found = ts.calibrate(jax.random.key(seed), networks, costs="macs", **options)
+                for plan in plans:
                     expected = found.predict(plan)
                     rows.append([
-                        name, row["plan"], plan.counts()[0] / plan.steps, seed, expected.damage,
-                        expected.error, row[FD],
+                        name, plan.describe(names, most=4), plan.counts()[0] / plan.steps, seed,
+                        expected.damage, expected.error,
                     ])  # fmt: skip
                 chosen.append([
                     name, seed, found.plan.describe(names), found.fractions[0], found.damage,
                     found.speedup,
                 ])  # fmt: skip
-    header = ["setting", "plan", "fraction", "seed", "damage", "damage_error", FD]
+    header = ["setting", "plan", "fraction", "seed", "damage", "damage_error"]
     write("calibration/results.csv", header, rows)
     header = ["setting", "seed", "plan", "fraction", "damage", "speedup"]
     write("calibration/chosen.csv", header, chosen)
 
 
-def setting(sweep: str, row: dict[str, str]) -> str:
+def setting(sweep: str, series: str, solver: str, steps: int | str) -> str:
     """What a calibration is of, in words."""
     if sweep == "guidance":
-        return row["series"]
-    return f"{row['solver']}, {row['steps']} steps" if sweep == "steps" else sweep
+        return series
+    return f"{solver}, {steps} steps" if sweep == "steps" else sweep
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -220,12 +226,24 @@ FD = "fd_fashion-features"
 
 def fractions() -> str:
     rows = read("fractions/results.csv")
+
+    def by_seed(x: str) -> np.ndarray:
+        files = (RESULTS / "fractions" / "results").glob(f"fashion-s-+-fashion-xl-{x}-seed*.json")
+        return np.array([json.loads(file.read_text())["metrics"][FD] for file in sorted(files)])
+
+    def change(row: dict[str, str]) -> str:
+        """Against fashion-xl alone, of the same noise."""
+        found = by_seed(row["x"]) / by_seed("0") - 1
+        return f"{found.mean():+.1%} ± {found.std(ddof=1):.1%}" if found.any() else ""
+
     return markdown(
-        ["fraction", *MEASURES, "speed-up"],
+        ["fraction", "FD", "change of FD", *list(MEASURES)[1:], "speed-up"],
         [
             [
                 row["x"],
-                *(number(row, f"{key}_fashion-features") for key in MEASURES.values()),
+                number(row, FD),
+                change(row),
+                *(number(row, f"{key}_fashion-features") for key in list(MEASURES.values())[1:]),
                 f"{float(row['speedup']):.2f}",
             ]
             for row in rows
@@ -315,25 +333,59 @@ def pairs() -> str:
     )
 
 
+def costs_of_three() -> list[tuple[list[int], float, dict[str, str]]]:
+    """Of the 66 plans the steps of each network, and their multiply-adds over fashion-xl's."""
+    macs = [ts.load(name).card.macs for name in THREE]
+    found = []
+    for row in read("three/results.csv"):
+        counts = plan_of(row["plan"], THREE).counts()
+        cost = sum(map(int.__mul__, counts, macs)) / (sum(counts) * macs[-1])
+        found.append((counts, cost, row))
+    return found
+
+
+def on_front(rows: Sequence[tuple[list[int], float, dict[str, str]]]) -> list[bool]:
+    """By cost; times of 66 plans lie closer together than they can be measured."""
+    distances = [float(row[FD]) for *_, row in rows]
+    return pareto_front([cost for _, cost, _ in rows], distances, lower_is_better=True)
+
+
+def draw_three() -> None:
+    """All 66 plans by cost, and the front."""
+    rows = costs_of_three()
+    chosen = dict(zip([str(counts) for counts, *_ in rows], on_front(rows), strict=True))
+    series = list(dict.fromkeys(row["series"] for *_, row in rows))
+    own = [[each for each in rows if each[-1]["series"] == name] for name in series]
+    lines = [
+        charts.Line(
+            name, [cost for _, cost, _ in points], [float(row[FD]) for *_, row in points],
+            [0.0] * len(points), [", ".join(map(str, counts)) for counts, *_ in points],
+        )
+        for name, points in zip(series, own, strict=True)
+    ]  # fmt: skip
+    figure = charts.front(
+        lines, [[chosen[str(counts)] for counts, *_ in points] for points in own],
+        title="Frechet distance of 66 plans\nby their multiply-adds",
+        x_label="multiply-adds, over those of fashion-xl alone", y_label="Frechet distance",
+        label="steps of fashion-s, -b, -xl",
+    )  # fmt: skip
+    chart("three/front.png", figure)
+
+
 def three() -> str:
     """The front of all 66 plans."""
-    rows = [row for row in read("three/results.csv") if row["pareto"] == "yes"]
-    rows.sort(key=lambda row: float(row["seconds_per_image"]))
+    rows = costs_of_three()
+    front = sorted(itertools.compress(rows, on_front(rows)), key=lambda each: -each[1])
     return markdown(
-        ["steps of fashion-s, -b, -xl", "FD", "speed-up"],
-        [
-            [
-                ", ".join(map(str, plan_of(row["plan"], THREE).counts())), number(row, FD),
-                f"{float(row['speedup']):.2f}",
-            ]
-            for row in rows
-        ],
+        ["steps of fashion-s, -b, -xl", "FD", "speed-up by multiply-adds"],
+        [[", ".join(map(str, counts)), number(row, FD), f"{1 / cost:.2f}"]
+         for counts, cost, row in front],
     )  # fmt: skip
 
 
-def guidance() -> str:
-    """The distance by fraction, a column for each kind of guidance."""
-    rows = read("guidance/results.csv")
+def by_series(sweep: str) -> str:
+    """The distance by fraction, a column for each series of a sweep."""
+    rows = read(f"{sweep}/results.csv")
     series = list(dict.fromkeys(row["series"] for row in rows))
     cells = {(row["x"], row["series"]): number(row, FD) for row in rows}
     return markdown(
@@ -358,15 +410,27 @@ def steps() -> str:
     )
 
 
+def measured(name: str) -> dict[str, float]:
+    """The distance of each plan of a setting, as the sweep found it."""
+    return {
+        row["plan"]: float(row[FD])
+        for sweep in CALIBRATED
+        for row in read(f"{sweep}/results.csv")
+        if setting(sweep, row["series"], row["solver"], row["steps"]) == name
+    }
+
+
 def predicted(name: str) -> list[tuple[float, float, float, float]]:
     """Of each plan of a setting the share of fashion-s, the mean damage, its deviation, and FD."""
     own = [row for row in read("calibration/results.csv") if row["setting"] == name]
-    found = []
+    distances, found = measured(name), []
     for plan in dict.fromkeys(row["plan"] for row in own):
         same = [row for row in own if row["plan"] == plan]
         damages = [float(row["damage"]) for row in same]
-        share, fd = float(same[0]["fraction"]), float(same[0][FD])
-        found.append((share, float(np.mean(damages)), float(np.std(damages, ddof=1)), fd))
+        share = float(same[0]["fraction"])
+        found.append(
+            (share, float(np.mean(damages)), float(np.std(damages, ddof=1)), distances[plan])
+        )
     return found
 
 
@@ -406,7 +470,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "three": three,
     "allocation": allocation,
     "steps": steps,
-    "guidance": guidance,
+    "guidance": functools.partial(by_series, "guidance"),
+    "finetuned": functools.partial(by_series, "finetuned"),
     "predictions": predictions,
     "spectrum": spectrum,
     "cost": cost,
@@ -432,6 +497,7 @@ def main() -> None:
         measure_spectrum()
         measure_cost()
         measure_calibration()
+        draw_three()
     file = HERE / "results.md"
     text = page(file.read_text())
     with whole_file(file) as stream:

@@ -125,12 +125,14 @@ def front(
     for line, chosen in zip(lines, on_front, strict=True):
         best += itertools.compress(zip(line.x, line.y, line.labels, strict=True), chosen)
     best.sort(key=lambda point: point[:2])
+    named = len(best) <= 14
     axes.plot(
-        [x for x, *_ in best], [y for _, y, _ in best], label=f"Pareto front, with {label}",
+        [x for x, *_ in best], [y for _, y, _ in best],
+        label=f"Pareto front, with {label}" if named else "Pareto front",
         color="#444444", linestyle="--", linewidth=1.6, marker="o", markersize=17,
         markerfacecolor="none",
     )  # fmt: skip
-    for x, y, text in best if len(best) <= 14 else ():
+    for x, y, text in best if named else ():
         axes.annotate(
             text, (x, y), xytext=(11, 9), textcoords="offset points", fontsize=14, color="#222222"
         )
