@@ -36,6 +36,11 @@ THREE = ["fashion-s", "fashion-b", "fashion-xl"]
 CALIBRATED = ["fractions", "allocation", "three", "guidance", "steps"]
 """The sweeps whose plans are predicted, too."""
 
+CALLED = {
+    "fractions": "fractions, three seeds", "allocation": "four orders", "three": "three networks",
+}  # fmt: skip
+"""What the table says of sweeps that are of one setting."""
+
 STEPS, CONDITIONS, SEEDS = 50, 256, 5
 
 Rows = list[dict[str, str]]
@@ -460,7 +465,7 @@ def settings() -> str:
         plans = predicted(name)
         rank = spearmanr([plan[1] for plan in plans], [plan[3] for plan in plans]).statistic
         chosen = ", ".join(dict.fromkeys(f"{each:g}" for each in sorted(choices(name))))
-        lines.append([name, f"{len(plans)}", f"{rank:.2f}", chosen])
+        lines.append([CALLED.get(name, name), f"{len(plans)}", f"{rank:.2f}", chosen])
     return markdown(["setting", "plans", "rank correlation", "chosen"], lines)
 
 
