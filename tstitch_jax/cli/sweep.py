@@ -41,11 +41,9 @@ def _show(config: SweepConfig, estimates: list[Estimate]) -> None:
 def sweep_command(arguments: argparse.Namespace) -> None:
     import jax
 
-    from tstitch_jax.charts import check_matplotlib
     from tstitch_jax.parallel import make_mesh
     from tstitch_jax.sweep import SweepConfig, estimate, sweep
 
-    check_matplotlib()
     config = load_config(arguments.config, SweepConfig)
     if arguments.reference:
         config = dataclasses.replace(config, reference=arguments.reference)
