@@ -2,6 +2,7 @@
 
     python benchmarks/stitching.py steps      # time of a run against the sum of its steps
     python benchmarks/stitching.py loops      # one scan with a switch against two loops without
+    python benchmarks/stitching.py dtypes     # float32 against bfloat16
     python benchmarks/stitching.py compile    # DiT-S/2 + DiT-XL/2, by number of steps
     python benchmarks/stitching.py memory     # peak memory of that pair, against its parameters
 
@@ -99,6 +100,29 @@ def loops() -> None:
               f"two loops / one scan {ratio:.3f}, difference {error:.0e}")  # fmt: skip
 
 
+def dtypes() -> None:
+    """The embedded networks, each alone; 25 guided images in ten steps of DPM-Solver++."""
+    for name in ("fashion-s", "fashion-b", "fashion-xl"):
+        programs = {}
+        for dtype in (jnp.float32, jnp.bfloat16):
+            request = pipeline.prepare(
+                jax.random.key(0), [ts.load(name, dtype)], labels=[i % 10 for i in range(25)],
+                steps=10, solver="dpmpp", spacing="trailing", cfg_scale=1.5,
+            )  # fmt: skip
+            programs[jnp.dtype(dtype).name] = request.compile(), request.inputs
+        times, images = {dtype: [] for dtype in programs}, {}
+        for _ in range(8):
+            for dtype, (program, inputs) in programs.items():
+                start = time.perf_counter()
+                images[dtype] = np.asarray(program(inputs), np.float32)
+                times[dtype].append(time.perf_counter() - start)
+        full, half = (np.array(own[1:]) for own in times.values())
+        error = np.abs(images["float32"] - images["bfloat16"]).mean()
+        print(f"{name}: float32 {np.median(full):.3f} s, bfloat16 {np.median(half):.3f} s, "
+              f"median of the ratios {np.median(full / half):.2f}, mean difference of a pixel "
+              f"{error:.4f} of 2", flush=True)  # fmt: skip
+
+
 def published_pair(count: int, leaf=lambda shape: shape) -> pipeline.Sampling:
     """DiT-S/2 and DiT-XL/2 at 256 px, one guided image, asked for latents."""
     networks = [published.make(published.dit(name), leaf=leaf) for name in ("dit-s-2", "dit-xl-2")]
@@ -142,4 +166,5 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
-    {"steps": steps, "loops": loops, "compile": compile_time, "memory": memory}[sys.argv[1]]()
+    kinds = dict(steps=steps, loops=loops, dtypes=dtypes, compile=compile_time, memory=memory)
+    kinds[sys.argv[1]]()

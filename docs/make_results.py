@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
 import itertools
 import json
 import re
@@ -229,25 +228,26 @@ MEASURES = {
 FD = "fd_fashion-features"
 
 
-def fractions() -> str:
-    rows = read("fractions/results.csv")
+def change(sweep: str, point: str, base: str) -> str:
+    """By how much a point's distance differs from another's of the same noise, seed by seed."""
 
-    def by_seed(x: str) -> np.ndarray:
-        files = (RESULTS / "fractions" / "results").glob(f"fashion-s-+-fashion-xl-{x}-seed*.json")
+    def by_seed(name: str) -> np.ndarray:
+        files = (RESULTS / sweep / "results").glob(f"{name}-seed*.json")
         return np.array([json.loads(file.read_text())["metrics"][FD] for file in sorted(files)])
 
-    def change(row: dict[str, str]) -> str:
-        """Against fashion-xl alone, of the same noise."""
-        found = by_seed(row["x"]) / by_seed("0") - 1
-        return f"{found.mean():+.1%} ± {found.std(ddof=1):.1%}" if found.any() else ""
+    found = by_seed(point) / by_seed(base) - 1
+    return f"{found.mean():+.1%} ± {found.std(ddof=1):.1%}" if found.any() else ""
 
+
+def fractions() -> str:
+    rows, pair = read("fractions/results.csv"), "fashion-s-+-fashion-xl"
     return markdown(
         ["fraction", "FD", "change of FD", *list(MEASURES)[1:], "speed-up"],
         [
             [
                 row["x"],
                 number(row, FD),
-                change(row),
+                change("fractions", f"{pair}-{row['x']}", f"{pair}-0"),
                 *(number(row, f"{key}_fashion-features") for key in list(MEASURES.values())[1:]),
                 f"{float(row['speedup']):.2f}",
             ]
@@ -388,15 +388,35 @@ def three() -> str:
     )  # fmt: skip
 
 
-def by_series(sweep: str) -> str:
-    """The distance by fraction, a column for each series of a sweep."""
-    rows = read(f"{sweep}/results.csv")
+def guidance() -> str:
+    """The distance by fraction, a column for each kind."""
+    rows = read("guidance/results.csv")
     series = list(dict.fromkeys(row["series"] for row in rows))
     cells = {(row["x"], row["series"]): number(row, FD) for row in rows}
     return markdown(
         ["fraction", *series],
         [[x, *(cells[x, name] for name in series)] for x in dict.fromkeys(r["x"] for r in rows)],
     )
+
+
+def finetuned() -> str:
+    """The distance by fraction, and what training on changed of it."""
+    rows = read("finetuned/results.csv")
+    base, *trained = dict.fromkeys(row["series"] for row in rows)
+    cells = {(row["x"], row["series"]): number(row, FD) for row in rows}
+
+    def point(series: str, x: str) -> str:
+        return f"{series.replace(' ', '-')}-{x}"
+
+    return markdown(
+        ["fraction", base, *(title for name in trained for title in (name, "change"))],
+        [
+            [x, cells[x, base]]
+            + [cell for name in trained
+               for cell in (cells[x, name], change("finetuned", point(name, x), point(base, x)))]
+            for x in dict.fromkeys(row["x"] for row in rows)
+        ],
+    )  # fmt: skip
 
 
 def steps() -> str:
@@ -475,8 +495,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "three": three,
     "allocation": allocation,
     "steps": steps,
-    "guidance": functools.partial(by_series, "guidance"),
-    "finetuned": functools.partial(by_series, "finetuned"),
+    "guidance": guidance,
+    "finetuned": finetuned,
     "predictions": predictions,
     "spectrum": spectrum,
     "cost": cost,

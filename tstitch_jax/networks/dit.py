@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -35,9 +36,22 @@ TOKENS_BY_WIDTH = 4096 * 1152
 """Activations of a layer above which a batch is better sampled from in pieces, for the same sake;
 see ``DiT.rows``."""
 
+product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+"""Products are float32, and cast after their bias and nonlinearity: TPUs accumulate so anyway, and
+CPUs multiply in bfloat16 only for such a result."""
+
 _xavier = nn.initializers.xavier_uniform()
 _normal = nn.initializers.normal(0.02)
 _zeros = nn.initializers.zeros
+
+
+def _operands(*args: Any, dtype: Any = None, inexact: bool = True) -> list[jax.Array | None]:
+    x, kernel, bias = args
+    return [jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), jnp.asarray(bias, jnp.float32)]
+
+
+Dense = functools.partial(nn.Dense, dot_general=product, promote_dtype=_operands)
+"""A dense layer that multiplies in its dtype and returns float32."""
 
 
 def time_code(
@@ -98,25 +112,27 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         batch, tokens, width = x.shape
         kernel = jnp.asarray(self.param("kernel", _xavier, (width, 3 * width)), self.dtype)
-        bias = jnp.asarray(self.param("bias", _zeros, (3 * width,)), self.dtype)
+        bias = jnp.asarray(self.param("bias", _zeros, (3 * width,)), jnp.float32)
         logits = batch * self.num_heads * tokens**2
         divisors = (g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0)
         groups = next((g for g in divisors if logits // g <= LOGITS), self.num_heads)
         size, heads = width // groups, self.num_heads // groups
 
-        # Features before tokens: heads whose width is no multiple of 128 then need no padding.
-        def project(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Float[Array, "b f n"]:
-            return jnp.einsum("bnd,df->bfn", x, kernel) + bias[:, None]
-
+        # Features come before tokens: heads whose width is no multiple of 128 then need no padding.
+        # TPUs read a part of the kernel where it lies, but copy parts of a product; CPUs the other
+        # way round, and they multiply in bfloat16 only where the product's features come last.
         def whole(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
-            return jnp.split(project(x, kernel, bias), 3 * groups, axis=1)
+            h = product(x, kernel, (((2,), (0,)), ((), ()))) + bias
+            return jnp.split(h.astype(self.dtype).swapaxes(1, 2), 3 * groups, axis=1)
 
         def apart(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
-            parts = jnp.split(kernel, 3 * groups, axis=1), jnp.split(bias, 3 * groups)
-            return [project(x, *part) for part in zip(*parts, strict=True)]
+            def project(kernel: jax.Array, bias: jax.Array) -> Float[Array, "b f n"]:
+                h = jnp.einsum("bnd,df->bfn", x, kernel, preferred_element_type=jnp.float32)
+                return (h + bias[:, None]).astype(self.dtype)
 
-        # TPUs read a part of the kernel where it lies, but copy parts of a product; CPUs the
-        # other way round.
+            parts = jnp.split(kernel, 3 * groups, axis=1), jnp.split(bias, 3 * groups)
+            return [project(*part) for part in zip(*parts, strict=True)]
+
         parts = jax.lax.platform_dependent(x, kernel, bias, tpu=apart, default=whole)
 
         def attend(*parts: jax.Array) -> Float[Array, "b f n"]:
@@ -124,7 +140,8 @@ class Attention(nn.Module):
             logits = jnp.einsum("bhdn,bhdm->bhnm", q, k, preferred_element_type=jnp.float32)
             # Softmax in float32, whatever the compute dtype.
             weights = nn.softmax(logits / math.sqrt(size // heads)).astype(self.dtype)
-            return jnp.einsum("bhnm,bhdm->bhdn", weights, v).reshape(batch, size, tokens)
+            h = jnp.einsum("bhnm,bhdm->bhdn", weights, v, preferred_element_type=jnp.float32)
+            return h.astype(self.dtype).reshape(batch, size, tokens)
 
         h = jnp.concatenate([attend(*parts[i::groups]) for i in range(groups)], axis=1)
         return h.swapaxes(1, 2)
@@ -143,18 +160,21 @@ class Block(nn.Module):
         width = x.shape[-1]
 
         def dense(features, name, init=_xavier):
-            return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)
+            return Dense(features, dtype=self.dtype, kernel_init=init, name=name)
+
+        def add(gate: jax.Array, h: jax.Array) -> jax.Array:
+            return (x.astype(jnp.float32) + gate[:, None] * h).astype(self.dtype)
 
         ada = dense(6 * width, "modulation", _zeros)(nn.silu(c))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada, 6, axis=-1)
 
         h = modulate(x, shift1, scale1, self.dtype)
         h = Attention(self.num_heads, self.dtype, name="qkv")(h)
-        x = x + gate1[:, None] * dense(width, "attention_out")(h)
+        x = add(gate1, dense(width, "attention_out")(h))
 
         h = modulate(x, shift2, scale2, self.dtype, self.mlp_epsilon)
         h = nn.gelu(dense(round(self.mlp_ratio * width), "mlp_in")(h), approximate=True)
-        return x + gate2[:, None] * dense(width, "mlp_out")(h)
+        return add(gate2, dense(width, "mlp_out")(h))
 
 
 class DiT(nn.Module):
@@ -227,8 +247,8 @@ class DiT(nn.Module):
 
         h = x.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
         h = h.reshape(batch, rows * columns, p * p * channels)
-        h = nn.Dense(self.width, dtype=self.dtype, kernel_init=_xavier, name="patch_in")(h)
-        h = h + position_code(rows, columns, self.width).astype(self.dtype)
+        h = Dense(self.width, dtype=self.dtype, kernel_init=_xavier, name="patch_in")(h)
+        h = (h + position_code(rows, columns, self.width)).astype(self.dtype)
 
         foreign = self.variant == "diffusers"
         code = time_code(1 - time if self.variant == "sit" else time, int(foreign))
