@@ -231,25 +231,25 @@ PUBLIC: dict[str, Public] = {
         num_classes=1008,
     ),
     "sd-1-4": _text_to_image(
-        "CompVis/stable-diffusion-v1-4", 859_520_964, 402_369_004_032, "LAION-2B(en)"
+        "CompVis/stable-diffusion-v1-4", 859_520_964, 401_636_720_640, "LAION-2B(en)"
     ),
     "sd-1-5": _text_to_image(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, 402_369_004_032, "LAION-2B(en)"
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, 401_636_720_640, "LAION-2B(en)"
     ),
     "bk-sdm-base": _text_to_image(
-        "nota-ai/bk-sdm-base", 579_384_964, 261_936_394_752, "LAION-Aesthetics V2 6.5+"
+        "nota-ai/bk-sdm-base", 579_384_964, 261_496_995_840, "LAION-Aesthetics V2 6.5+"
     ),
     "bk-sdm-small": _text_to_image(
-        "nota-ai/bk-sdm-small", 482_346_884, 255_886_530_560, "LAION-Aesthetics V2 6.5+"
+        "nota-ai/bk-sdm-small", 482_346_884, 255_447_203_840, "LAION-Aesthetics V2 6.5+"
     ),
     "bk-sdm-tiny": _text_to_image(
-        "nota-ai/bk-sdm-tiny", 323_384_964, 243_193_845_760, "LAION-Aesthetics V2 6.5+"
+        "nota-ai/bk-sdm-tiny", 323_384_964, 242_754_519_040, "LAION-Aesthetics V2 6.5+"
     ),
     "ldm-s": _class_to_image(
-        "1HgKfkIHr14O8HjIf-RCw8cLEdsbn2h9h", "ldm_s.ckpt", 25_642_948, 4_157_655_040
+        "1HgKfkIHr14O8HjIf-RCw8cLEdsbn2h9h", "ldm_s.ckpt", 25_642_948, 4_145_643_520
     ),
     "ldm": _class_to_image(
-        "1YRnLZuR8xIS9GgtU7a_sTTH5G2KkJk7s", "ldm.ckpt", 395_496_708, 57_086_648_320
+        "1YRnLZuR8xIS9GgtU7a_sTTH5G2KkJk7s", "ldm.ckpt", 395_496_708, 57_038_602_240
     ),
     "vq-f4": _vq("vq-f4", 55_322_782, 508_009_979_904),
     "vq-f8": _vq("vq-f8", 67_717_295, 349_322_641_408),

@@ -69,8 +69,10 @@ def count_macs(function: Callable[..., Any], *arguments: Any) -> int:
                 inner = getattr(inner, "jaxpr", inner)
                 repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
                 total += repeats * count(inner) if hasattr(inner, "eqns") else 0
-            # Of a choice one branch runs.
+            # Of a choice one branch runs; by platform, the default is the network as published.
             branches = equation.params.get("branches", ())
+            if equation.params.get("branches_platforms"):
+                branches = branches[-1:]
             total += max((count(branch.jaxpr) for branch in branches), default=0)
         return total
 

@@ -162,7 +162,7 @@ class Block(nn.Module):
         def dense(features, name, init=_xavier):
             return Dense(features, dtype=self.dtype, kernel_init=init, name=name)
 
-        def add(gate: jax.Array, h: jax.Array) -> jax.Array:
+        def add(x: jax.Array, gate: jax.Array, h: jax.Array) -> jax.Array:
             return (x.astype(jnp.float32) + gate[:, None] * h).astype(self.dtype)
 
         ada = dense(6 * width, "modulation", _zeros)(nn.silu(c))
@@ -170,11 +170,11 @@ class Block(nn.Module):
 
         h = modulate(x, shift1, scale1, self.dtype)
         h = Attention(self.num_heads, self.dtype, name="qkv")(h)
-        x = add(gate1, dense(width, "attention_out")(h))
+        x = add(x, gate1, dense(width, "attention_out")(h))
 
         h = modulate(x, shift2, scale2, self.dtype, self.mlp_epsilon)
         h = nn.gelu(dense(round(self.mlp_ratio * width), "mlp_in")(h), approximate=True)
-        return add(gate2, dense(width, "mlp_out")(h))
+        return add(x, gate2, dense(width, "mlp_out")(h))
 
 
 class DiT(nn.Module):

@@ -110,16 +110,23 @@ def attend(
     """
     *_, queries, size = q.shape
     keys = k.shape[2]
-    # The product with the values sums the weights, too, which would take a pass of its own.
-    v = jnp.concatenate([v, jnp.ones((*v.shape[:3], 1), v.dtype)], axis=-1)
 
     def piece(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         logits = jnp.einsum("hnd,hmd->hnm", q, k, preferred_element_type=jnp.float32)
         logits = logits / math.sqrt(size)
-        weights = jnp.exp(logits - logits.max(-1, keepdims=True)).astype(v.dtype)
-        h = jnp.einsum("hnm,hmd->hnd", weights, v, preferred_element_type=jnp.float32)
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        h = jnp.einsum(
+            "hnm,hmd->hnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+        total = weights.sum(-1, keepdims=True) if v.shape[-1] == size else h[..., size:]
         # The results are divided, being fewer than the weights.
-        return (h[..., :-1] / h[..., -1:]).astype(v.dtype)
+        return (h[..., :size] / total).astype(v.dtype)
+
+    def on_tpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        # A column of ones, for which its units have room, lets the product sum the weights, too;
+        # that takes most of the time if it is a pass of its own.
+        ones = jnp.ones((*v.shape[:-1], 1), v.dtype)
+        return in_pieces(q, k, jnp.concatenate([v, ones], axis=-1), LOGITS)
 
     def in_pieces(q: jax.Array, k: jax.Array, v: jax.Array, limit: int) -> jax.Array:
         heads = q.shape[0] * q.shape[1]
@@ -137,6 +144,7 @@ def attend(
 
     return jax.lax.platform_dependent(
         q, k, v,
+        tpu=on_tpu,
         cpu=functools.partial(in_pieces, limit=CACHED),
         default=functools.partial(in_pieces, limit=LOGITS),
     )  # fmt: skip
