@@ -2,7 +2,7 @@
 
     python benchmarks/tpu_aot.py [--topology v5e:2x2] [--size 256] [--images 8] [--ops 10]
     python benchmarks/tpu_aot.py --check     # every topology and size, 8 images: do goals hold?
-    python benchmarks/tpu_aot.py --text      # BK-SDM-tiny + Stable Diffusion 1, and texts, 512 px
+    python benchmarks/tpu_aot.py --text      # BK-SDM-Tiny + Stable Diffusion 1, and texts, 512 px
 
 Needs libtpu (``pip install "jax[tpu]"``), but no TPU. DiT-S/2 + DiT-XL/2 (or with ``--text`` the
 U-Nets), guided, 50 DDIM steps, bfloat16, with the decoder, data-parallel over the topology's chips.

@@ -17,12 +17,15 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 
-NAMES = ("quickstart", "imagenet_dit", "your_own_denoiser", "fid")
+NAMES = ("quickstart", "imagenet_dit", "stable_diffusion", "your_own_denoiser", "fid")
 """In the order in which they are read."""
 
 SMALL: dict[str, dict[str, Any]] = {
     "quickstart": dict(steps=10, repeats=1, fractions=[0.0, 0.5, 1.0]),
     "imagenet_dit": dict(labels=[1, 2], fractions=[0.0, 0.4, 1.0], steps=3, conditions=4),
+    "stable_diffusion": dict(
+        prompts=["a cat", "two dogs"], fractions=[0.0, 0.4, 1.0], steps=5, seed=1
+    ),
     "your_own_denoiser": dict(points=160, steps=20),
     "fid": dict(num=20, seeds=[0], fractions=[0.0, 1.0], steps=2, batch=10),
 }

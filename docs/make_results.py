@@ -307,12 +307,15 @@ def cost() -> str:
 def allocation() -> str:
     rows, plans = read("allocation/results.csv"), predicted("allocation")
     published = ["10.06", "12.94", "19.02", "27.61"]
+    pair, first = "fashion-s-and-fashion-xl-5-steps-each", rows[0]["x"]
     return markdown(
-        ["order", *MEASURES, "published FID", "predicted damage"],
+        ["order", "FD", "change of FD", *list(MEASURES)[1:], "published FID", "predicted damage"],
         [
             [
                 row["x"],
-                *(number(row, f"{key}_fashion-features") for key in MEASURES.values()),
+                number(row, FD),
+                change("allocation", *(f"{pair}-{x.replace(' ', '-')}" for x in (row["x"], first))),
+                *(number(row, f"{key}_fashion-features") for key in list(MEASURES.values())[1:]),
                 fid,
                 f"{damage:.1%}",
             ]

@@ -40,11 +40,23 @@ def test_the_same_sums(shape, features):
     expected = direct(x, kernel)
     assert relative(convolution.winograd(x, kernel), expected) < 3e-6
     assert relative(convolution.surroundings(x, kernel), expected) < 3e-6
+    assert relative(convolution.shifted(x, kernel), expected) < 3e-6
 
 
-def test_surroundings_take_any_size():
+@pytest.mark.parametrize("form", [convolution.surroundings, convolution.shifted])
+def test_any_size(form):
     x, kernel = draw(2, 5, 3, 4), draw(3, 3, 4, 6)
-    assert relative(convolution.surroundings(x, kernel), direct(x, kernel)) < 3e-6
+    assert relative(form(x, kernel), direct(x, kernel)) < 3e-6
+
+
+def test_products_of_bfloat16_are_summed_in_float32():
+    x, kernel = (g.astype(jnp.bfloat16) for g in (draw(2, 6, 4, 64), draw(3, 3, 64, 8)))
+    found = convolution.shifted(x, kernel)
+    assert found.dtype == jnp.bfloat16
+    wide = direct(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    rounded = wide.astype(jnp.bfloat16).astype(jnp.float32)
+    # They round differently only where they lie all but half way between two values.
+    assert (found.astype(jnp.float32) == rounded).mean() > 0.99
 
 
 WIDE = 256
@@ -72,16 +84,37 @@ def test_which_form_is_taken(monkeypatch, shape, channels, features, form):
     assert relative(jax.jit(convolve)(x, kernel), direct(x, kernel)) < 5e-6
 
 
-def test_other_platforms_and_kinds_are_direct():
+@pytest.mark.parametrize(
+    ("platform", "shape", "channels", "products"),
+    [
+        ("tpu", (2, 16, 16), WIDE, 9),
+        ("tpu", (7, 15, 18), WIDE, 9),
+        ("tpu", (1, 16, 16), WIDE, 0),
+        ("tpu", (8, 16, 16), WIDE, 0),
+        ("tpu", (2, 16, 15), WIDE, 0),
+        ("tpu", (2, 16, 16), WIDE // 2, 0),
+        ("cuda", (2, 16, 16), WIDE, 0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_which_form_an_accelerator_takes(platform, shape, channels, products, dtype):
+    x = jax.ShapeDtypeStruct((*shape, channels), dtype)
+    kernel = jax.ShapeDtypeStruct((3, 3, channels, WIDE), dtype)
+    exported = jax.export.export(jax.jit(convolve), platforms=[platform])(x, kernel)
+    program = exported.mlir_module()
+    assert program.count("stablehlo.dot_general") == products
+    assert program.count("stablehlo.convolution") == (products == 0)
+
+
+def test_other_kinds_are_direct():
     x, kernel = draw(1, 18, 16, WIDE), draw(3, 3, WIDE, WIDE)
-    exported = jax.export.export(jax.jit(convolve), platforms=["tpu"])(x, kernel)
-    assert exported.mlir_module().count("stablehlo.convolution") == 1
-    assert "stablehlo.dot_general" not in exported.mlir_module()
     half = jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16)
     for arrays, options in (
         (half, {}),
         ((x, kernel), dict(strides=(2, 2), padding=[(1, 1), (1, 1)])),
         ((x, kernel), dict(rhs_dilation=(2, 2))),
+        ((x, kernel), dict(precision=jax.lax.Precision.HIGHEST)),
+        ((x, kernel), dict(preferred_element_type=jnp.float32)),
         ((x, kernel[:, :, : WIDE // 2]), dict(feature_group_count=2)),
         ((jax.ShapeDtypeStruct((9, 256, 256, WIDE), jnp.float32), kernel), {}),
         ((x, kernel[:1, :1]), {}),

@@ -1,5 +1,6 @@
 """The notebooks, cell by cell, with small settings and without a network."""
 
+import dataclasses
 import gzip
 import os
 import re
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import GOLDEN
+from helpers import GOLDEN, random_params, write_text_pair
 from test_hub import server  # noqa: F401  # a fixture
 
 import tstitch_jax as ts
+from checkpoints_convert import convert
 from tstitch_jax import hub
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +81,29 @@ def test_imagenet(offline, server, monkeypatch):  # noqa: F811
     assert ts.Plan.load(offline / "work" / "plan.json").steps == 3
     assert (offline / "work" / "fractions.png").exists()
     assert any(request.startswith("HEAD") for request in server.seen if request)
+
+
+def test_stable_diffusion(offline, monkeypatch):
+    """Tiny networks of its kind, whose cards name the text encoder and the autoencoder."""
+    # Most of the time is compilation, of programs that run for milliseconds.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    folders = write_text_pair(offline)
+    convert(GOLDEN / "diffusers_tiny" / "vae", offline / "coder")
+    convert(GOLDEN / "clip_tiny" / "clip", offline / "clip")
+    for seed, name in enumerate(("small", "large")):
+        card = dataclasses.replace(
+            ts.load(folders["a"]).card, name=name, image_shape=(8, 8, 4),
+            autoencoder=str(offline / "coder"),
+        )  # fmt: skip
+        ts.save(offline / name, ts.make_network(card, random_params(card, seed)))
+    pair = dict(small=str(offline / "small"), large=str(offline / "large"))
+    text, drawn = run("stable_diffusion", offline, scorer=str(offline / "clip"), **pair)
+    assert drawn == 3
+    assert "multiply-adds" in text
+    scores = re.findall(r"(0|0\.4|1) by .+small: CLIP score (\d+\.\d+) ±", text)
+    assert [fraction for fraction, _ in scores] == ["0", "0.4", "1"]
+    assert "chosen: " in text
+    assert ts.Plan.load(offline / "work" / "plan.json").steps == 5
 
 
 def test_your_own_denoiser(offline, monkeypatch):

@@ -11,13 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 CHANNELS = 256
-"""Of fewer channels, in or out, the direct form is the quickest on CPUs too."""
+"""Of fewer channels, in or out, the direct form is taken, on CPUs as the quickest."""
 
 ROWS = 256
 """For so few pixels in all, a CPU's time goes to reading the kernel."""
 
 VALUES = 2**24
 """Of more values, in or out, Winograd's form takes too much memory: some 300 MB at this many."""
+
+IMAGES = range(2, 8)
+"""Of so few rows the direct form takes a TPU twice the time, by its compiler's estimates. In a
+decoder, which has one, nine products gain nothing over all and take longer to compile."""
+
+PIXELS = 256
+"""Of fewer pixels an image, the direct form is the quickest on TPUs all the same."""
 
 
 def convolve(
@@ -27,10 +34,11 @@ def convolve(
     padding: Any,
     **options: Any,
 ) -> Float[Array, "b k l d"]:
-    """``lax.conv_general_dilated``; on CPUs in another order of sums where that is quicker.
+    """``lax.conv_general_dilated``, or the same in an order of sums that is quicker.
 
-    There convolutions of 3 x 3 with many channels become products: of the pixels' surroundings
-    where there are few pixels, else by Winograd's minimal filtering (``winograd``).
+    Convolutions of 3 x 3 with many channels become products: on CPUs, in float32, of the pixels'
+    surroundings where there are few pixels, else by Winograd's minimal filtering (``winograd``); on
+    TPUs, of few images, one product for each place of the kernel (``shifted``).
     """
     direct = functools.partial(
         jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options
@@ -42,16 +50,23 @@ def convolve(
         (rows, columns) == (3, 3)
         and all(step == 1 for step in (*strides, *dilations))
         and padding == "SAME"
-        and options.get("feature_group_count", 1) == 1
+        and options.get("feature_group_count", 1) == options.get("batch_group_count", 1) == 1
+        and not (options.get("precision") or options.get("preferred_element_type"))
     )
-    if not plain or min(channels) < CHANNELS or x.dtype != jnp.float32:
+    if not plain or min(channels) < CHANNELS:
         return direct(x, kernel)
-    pixels = batch * height * width
-    if pixels <= ROWS:
-        return jax.lax.platform_dependent(x, kernel, cpu=surroundings, default=direct)
-    if height % 2 or width % 2 or pixels * max(channels) > VALUES:
+    forms: dict[str, Any] = {}
+    pixels = height * width
+    if x.dtype == jnp.float32:
+        if batch * pixels <= ROWS:
+            forms["cpu"] = surroundings
+        elif not (height % 2 or width % 2 or batch * pixels * max(channels) > VALUES):
+            forms["cpu"] = winograd
+    if batch in IMAGES and pixels >= PIXELS:
+        forms["tpu"] = shifted
+    if not forms:
         return direct(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=direct)
+    return jax.lax.platform_dependent(x, kernel, **forms, default=direct)
 
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=convolve)
@@ -70,6 +85,22 @@ def surroundings(
     bordered = _bordered(x)
     around = [bordered[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     return jnp.concatenate(around, axis=-1) @ kernel.reshape(9 * channels, -1)
+
+
+def shifted(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -> Float[Array, "b h w d"]:
+    """The convolution as nine products, of the image shifted by each place, summed in float32."""
+    _, height, width, _ = x.shape
+    bordered = _bordered(x)
+    products = [
+        jnp.matmul(
+            bordered[:, i : i + height, j : j + width],
+            kernel[i, j],
+            preferred_element_type=jnp.float32,
+        )
+        for i in range(3)
+        for j in range(3)
+    ]
+    return functools.reduce(jnp.add, products).astype(x.dtype)
 
 
 def winograd(
