@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import tpu_aot
 from flax import linen as nn
+from unet_parts import direct
 
 from tstitch_jax.networks import convolution
 
@@ -43,13 +44,7 @@ SHAPES = [
     (1, 128, 512, 512),
     (1, 512, 128, 128),
 ]
-"""Images, side, channels in and out: those of Stable Diffusion's U-Net, and two of a decoder."""
-
-
-def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+"""Rows, side, channels in and out: of Stable Diffusion, one of LDM-4, and two of a decoder."""
 
 
 def looped(x: jax.Array, kernel: jax.Array) -> jax.Array:

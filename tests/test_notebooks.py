@@ -85,7 +85,7 @@ def test_imagenet(offline, server, monkeypatch):  # noqa: F811
 
 def test_stable_diffusion(offline, monkeypatch):
     """Tiny networks of its kind, whose cards name the text encoder and the autoencoder."""
-    # Most of the time is compilation, of programs that run for milliseconds.
+    # Its programs run for milliseconds, and take long to compile.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     folders = write_text_pair(offline)
     convert(GOLDEN / "diffusers_tiny" / "vae", offline / "coder")

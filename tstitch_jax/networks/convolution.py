@@ -38,7 +38,7 @@ def convolve(
 
     Convolutions of 3 x 3 with many channels become products: on CPUs, in float32, of the pixels'
     surroundings where there are few pixels, else by Winograd's minimal filtering (``winograd``); on
-    TPUs, of few images, one product for each place of the kernel (``shifted``).
+    TPUs, of few rows, one product for each place of the kernel (``shifted``).
     """
     direct = functools.partial(
         jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options
