@@ -5,13 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A file that pins versions, such as tests/lowest.txt
 CONSTRAINTS ?=
-# The tests that need neither training, nor the command line, nor full-size networks.
-QUICK := tests/test_published.py tests/test_plan.py tests/test_schedules.py \
-	tests/test_prediction.py tests/test_sampler.py tests/test_checkpoint.py tests/test_pipeline.py \
-	tests/test_solvers.py tests/test_parallel.py tests/test_export.py tests/test_convert.py \
-	tests/test_torch_zip.py tests/test_torch_legacy.py tests/test_hub.py tests/test_inception.py \
-	tests/test_metrics.py tests/test_evaluate.py tests/test_classifier.py tests/test_tokenizer.py \
-	tests/test_clip.py tests/test_unet.py tests/test_vq.py tests/test_lora.py tests/test_text.py
+# The tests that other releases of JAX, Flax and Orbax could break; the other tests use no more of
+# them, or take long.
+QUICK := tests/test_published.py tests/test_schedules.py tests/test_plan.py tests/test_sampler.py \
+	tests/test_checkpoint.py tests/test_pipeline.py tests/test_parallel.py tests/test_export.py \
+	tests/test_convert.py tests/test_dit.py tests/test_inception.py tests/test_metrics.py \
+	tests/test_evaluate.py tests/test_clip.py tests/test_unet.py tests/test_vq.py tests/test_text.py
 # For `make networks`, e.g. --data fashion_mnist.npz; without it tensorflow-datasets is asked.
 DATA ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)

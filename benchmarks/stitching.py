@@ -4,6 +4,7 @@
     python benchmarks/stitching.py loops      # one scan with a switch against two loops without
     python benchmarks/stitching.py dtypes     # float32 against bfloat16
     python benchmarks/stitching.py compile    # DiT-S/2 + DiT-XL/2, by number of steps
+    python benchmarks/stitching.py noise      # compiling the embedded pair, by how noise is drawn
     python benchmarks/stitching.py memory     # peak memory of that pair, against its parameters
 
 Each prints ratios of things measured in one run, interleaved; the figures are medians.
@@ -21,7 +22,7 @@ import numpy as np
 import published
 
 import tstitch_jax as ts
-from tstitch_jax import pipeline
+from tstitch_jax import pipeline, sampler
 
 
 def steps() -> None:
@@ -147,6 +148,40 @@ def compile_time() -> None:
         )
 
 
+def noise() -> None:
+    """Compiling with noise drawn flat, as the library does, and with each image's shape."""
+    flat = sampler.draw_noise
+
+    def shaped(keys, stream, shape):
+        streams = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
+        return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(streams)
+
+    networks = [ts.load(name) for name in ("fashion-s", "fashion-xl")]
+    for solver in ("ddim", "ddpm"):
+        times: list[list[float]] = [[], []]
+        images = []
+        for _ in range(5):
+            for draw, taken in zip((flat, shaped), times, strict=True):
+                sampler.draw_noise = pipeline.draw_noise = draw
+                jax.clear_caches()
+                request = pipeline.prepare(
+                    jax.random.key(0), networks, labels=list(range(10)), fractions=[0.4, 0.6],
+                    steps=10, solver=solver,
+                )  # fmt: skip
+                lowered = request.lower()
+                start = time.process_time()
+                execute = lowered.compile()
+                taken.append(time.process_time() - start)
+                images.append(np.asarray(execute(request.inputs)))
+        one, other = (float(np.median(taken)) for taken in times)
+        difference = max(float(np.abs(x - images[0]).max()) for x in images)
+        print(
+            f"{solver}: {one:.1f} s of CPU time, shaped {other:.1f} s, ratio {one / other:.2f}; "
+            f"images differ by {difference:.1e}",
+            flush=True,
+        )
+
+
 def memory() -> None:
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -166,5 +201,6 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
-    kinds = dict(steps=steps, loops=loops, dtypes=dtypes, compile=compile_time, memory=memory)
+    kinds = dict(steps=steps, loops=loops, dtypes=dtypes, compile=compile_time, noise=noise,
+                 memory=memory)  # fmt: skip
     kinds[sys.argv[1]]()

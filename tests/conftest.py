@@ -1,10 +1,16 @@
-"""Eight CPU devices, strict dtypes, and jaxtyping checked at run time, before anything else."""
+"""Eight CPU devices, strict dtypes, and jaxtyping checked at run time, before anything else.
+
+Programs are compiled without LLVM's optimisations: most run once, and compiling them is most of the
+tests' work. What XLA itself does to a program stays.
+"""
 
 import os
 
+UNOPTIMISED = "--xla_backend_optimization_level=0"
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [UNOPTIMISED, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 )
 os.environ.setdefault("MPLBACKEND", "Agg")
 # libtpu compiles here, and need look for no TPU; more than one process may.
@@ -14,9 +20,16 @@ os.environ |= {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
+from beartype import beartype
 from jaxtyping import install_import_hook
 
-hook = install_import_hook("tstitch_jax", "beartype.beartype")
+
+def check_types(thing):
+    """Beartype, but for functions within a module's ``__call__``, made anew at each layer."""
+    return thing if "__call__.<locals>" in thing.__qualname__ else beartype(thing)
+
+
+hook = install_import_hook("tstitch_jax", "conftest.check_types")
 
 import jax
 import pytest

@@ -12,10 +12,10 @@ from tstitch_jax.checkpoint import make_network, module_of
 from tstitch_jax.networks import (
     SIZES,
     compute_dtypes,
-    count_macs,
     count_params,
     dit,
     init_params,
+    module_macs,
     param_shapes,
 )
 from tstitch_jax.schedules import make_knots
@@ -29,31 +29,37 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [256, 512])
-@pytest.mark.parametrize("name", SIZES)
-def test_published_sizes(name, size):
+def published(name, size=256):
+    return dit.DiT(**SIZES[name], image_shape=(size // 8, size // 8, 4), num_classes=1000)
+
+
+def test_published_names():
     assert set(SIZES) == set(PUBLISHED)
-    module = dit.DiT(**SIZES[name], image_shape=(size // 8, size // 8, 4), num_classes=1000)
-    params = param_shapes(module)
 
-    def forward(p, *inputs):
-        return module.apply({"params": p}, *inputs)
 
-    output = jax.eval_shape(forward, params, *module.inputs(2))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    module = published(name)
+    millions, gflops = PUBLISHED[name]
+    assert count_params(param_shapes(module)) / 1e6 == pytest.approx(millions, abs=0.6)
+    assert module_macs(module) / 1e9 == pytest.approx(gflops, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [256, 512])
+@pytest.mark.parametrize("name", ["dit-s-8", "dit-xl-2"])
+def test_published_shapes(name, size):
+    module = published(name, size)
+    output = jax.eval_shape(
+        lambda p, *inputs: module.apply({"params": p}, *inputs),
+        param_shapes(module), *module.inputs(2),
+    )  # fmt: skip
     assert output.shape == (2, size // 8, size // 8, 8)
     assert output.dtype == jnp.float32
-    millions, gflops = PUBLISHED[name]
-    assert count_params(params) / 1e6 == pytest.approx(millions, abs=0.6)
-    if size == 256:
-        assert count_macs(forward, params, *module.inputs()) / 1e9 == pytest.approx(
-            gflops, rel=0.01
-        )
 
 
 def test_exact_count_of_the_largest():
     """The published file holds these and a fixed position code of 256 x 1152."""
-    module = dit.DiT(**SIZES["dit-xl-2"], image_shape=(32, 32, 4), num_classes=1000)
-    params = param_shapes(module)
+    params = param_shapes(published("dit-xl-2"))
     assert count_params(params) + 256 * 1152 == 675_129_632
 
 
@@ -119,7 +125,7 @@ def test_most_of_the_largest_is_held_in_bfloat16(standard_promotion):
         **SIZES["dit-xl-2"], image_shape=(32, 32, 4), num_classes=1000, dtype=jnp.bfloat16
     )
     shapes = param_shapes(module)
-    dtypes = compute_dtypes(module, shapes)
+    dtypes = compute_dtypes(module)
     half = [s.size for s, d in zip(*map(jax.tree.leaves, (shapes, dtypes)), strict=True)
             if d == jnp.bfloat16]  # fmt: skip
     assert sum(half) > 0.99 * count_params(shapes)

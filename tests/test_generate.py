@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import UNOPTIMISED
 from helpers import tiny_network
 from PIL import Image
 
@@ -311,7 +312,7 @@ COMMAND = ["generate", "--networks", "fashion-s", "--num", "40", "--batch", "4",
 
 def command(*arguments):
     """The real program, in a process of one device."""
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    environment = os.environ | {"XLA_FLAGS": UNOPTIMISED, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     return subprocess.Popen(
         [sys.executable, "-m", "tstitch_jax.cli", *arguments], env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

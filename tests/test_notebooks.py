@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import UNOPTIMISED
 from helpers import GOLDEN, random_params, write_text_pair
 from test_hub import server  # noqa: F401  # a fixture
 
@@ -33,7 +34,7 @@ def offline(tmp_path, monkeypatch):
     path = [str(blocked), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", UNOPTIMISED)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own, which shows figures
     return tmp_path
@@ -83,10 +84,8 @@ def test_imagenet(offline, server, monkeypatch):  # noqa: F811
     assert any(request.startswith("HEAD") for request in server.seen if request)
 
 
-def test_stable_diffusion(offline, monkeypatch):
+def test_stable_diffusion(offline):
     """Tiny networks of its kind, whose cards name the text encoder and the autoencoder."""
-    # Its programs run for milliseconds, and take long to compile.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     folders = write_text_pair(offline)
     convert(GOLDEN / "diffusers_tiny" / "vae", offline / "coder")
     convert(GOLDEN / "clip_tiny" / "clip", offline / "clip")
@@ -107,7 +106,7 @@ def test_stable_diffusion(offline, monkeypatch):
 
 
 def test_your_own_denoiser(offline, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("XLA_FLAGS", f"{UNOPTIMISED} --xla_force_host_platform_device_count=2")
     text, drawn = run("your_own_denoiser", offline)
     assert drawn == 1
     assert set(re.findall(r"compilations: (\d+)", text)) == {"1"}

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import UNOPTIMISED
 from helpers import GOLDEN, tiny_network, write_text_pair
 from hypothesis import given
 from hypothesis import strategies as st
@@ -538,7 +539,7 @@ def test_killed_while_it_generates(command, folder, tmp_path):
     text = (tmp_path / "mine.py").read_text()
     (tmp_path / "mine.py").write_text(text.replace("num=4", "num=40"))
     assert command("mine.py", *reference, "--out", "unbroken")[0] == 0
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    environment = os.environ | {"XLA_FLAGS": UNOPTIMISED, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     killed, job = 0, tmp_path / "job"
     for wanted in (1, 25):  # in the first point, in the second
         process = subprocess.Popen(

@@ -437,7 +437,7 @@ def test_most_of_the_largest_is_held_in_bfloat16(standard_promotion):
         **unet.SIZES["sd-1"], image_shape=(64, 64, 4), context=(77, 768), dtype=jnp.bfloat16
     )
     shapes = param_shapes(module)
-    dtypes = compute_dtypes(module, shapes)
+    dtypes = compute_dtypes(module)
     half = [s.size for s, d in zip(*map(jax.tree.leaves, (shapes, dtypes)), strict=True)
             if d == jnp.bfloat16]  # fmt: skip
     assert sum(half) > 0.99 * count_params(shapes)

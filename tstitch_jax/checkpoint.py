@@ -32,8 +32,8 @@ import numpy as np
 from tstitch_jax.networks import (
     ARCHITECTURES,
     compute_dtypes,
-    count_macs,
     count_params,
+    module_macs,
     param_shapes,
 )
 from tstitch_jax.networks.autoencoder import at_once
@@ -177,10 +177,11 @@ def complete(card: C, module: Any, params: Params) -> C:
 
     Of parameters that are shapes there is no checksum.
     """
-    macs = count_macs(lambda p, *x: module.apply({"params": p}, *x), params, *module.inputs())
     shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
     found = "" if shapes else checksum(params)
-    return dataclasses.replace(card, num_params=count_params(params), macs=macs, checksum=found)
+    return dataclasses.replace(
+        card, num_params=count_params(params), macs=module_macs(module), checksum=found
+    )
 
 
 def _cast(leaf: Any, dtype: Any) -> Any:
@@ -201,7 +202,7 @@ def _fit(card: C, params: Params, dtype: Any) -> tuple[Any, Params, C]:
     params = jax.tree.map(lambda leaf: _cast(leaf, jnp.float32), params)
     card = complete(card, module, params)
     # What the module casts in every pass anyway is cast once: the same numbers in less memory.
-    return module, jax.tree.map(_cast, params, compute_dtypes(module, params)), card
+    return module, jax.tree.map(_cast, params, compute_dtypes(module)), card
 
 
 def _network(card: Card, params: Params, dtype: Any) -> Network:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,9 @@ def image_keys(key: Key, indices: Int[Array, " b"]) -> jax.Array:
 def draw_noise(keys: jax.Array, stream: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal float32 ``[B, *shape]``. Stream 0 is x_T, i + 1 is the noise of step i."""
     streams = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
-    return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(streams)
+    # The same numbers as of the whole shape, whose indices LLVM takes seconds to compile on CPUs.
+    flat = jax.vmap(lambda k: jax.random.normal(k, (math.prod(shape),), jnp.float32))(streams)
+    return flat.reshape(len(keys), *shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
