@@ -5,8 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A file that pins versions, such as tests/lowest.txt
 CONSTRAINTS ?=
-# The tests that other releases of JAX, Flax and Orbax could break; the other tests use no more of
-# them, or take long.
+# The tests that other releases of JAX, Flax and Orbax are the likeliest to break.
 QUICK := tests/test_published.py tests/test_schedules.py tests/test_plan.py tests/test_sampler.py \
 	tests/test_checkpoint.py tests/test_pipeline.py tests/test_parallel.py tests/test_export.py \
 	tests/test_convert.py tests/test_dit.py tests/test_inception.py tests/test_metrics.py \

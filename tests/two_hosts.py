@@ -7,7 +7,9 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # As the tests that start it compile (conftest.py), but with two devices each.
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+)
 
 import jax
 import numpy as np

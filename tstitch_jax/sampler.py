@@ -26,7 +26,7 @@ def image_keys(key: Key, indices: Int[Array, " b"]) -> jax.Array:
 def draw_noise(keys: jax.Array, stream: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal float32 ``[B, *shape]``. Stream 0 is x_T, i + 1 is the noise of step i."""
     streams = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
-    # The same numbers as of the whole shape, whose indices LLVM takes seconds to compile on CPUs.
+    # The same numbers as drawn in the shape, whose indices LLVM takes seconds to compile on CPUs.
     flat = jax.vmap(lambda k: jax.random.normal(k, (math.prod(shape),), jnp.float32))(streams)
     return flat.reshape(len(keys), *shape)
 

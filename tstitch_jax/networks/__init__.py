@@ -40,8 +40,11 @@ def init_params(module: Any, key: jax.Array) -> Params:
 
 @functools.cache
 def _shapes(module: Any) -> tuple[list[jax.ShapeDtypeStruct], Any]:
-    # Cached, as what else a module alone decides: tracing a large network takes seconds.
-    return jax.tree.flatten(jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0)))
+    # Cached, as what else a module alone decides: tracing a large network takes seconds. Without
+    # the sharding, which is that of the mesh that is set.
+    shapes = jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(shapes)
+    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves], tree
 
 
 def param_shapes(module: Any) -> Params:
@@ -123,8 +126,8 @@ def module_macs(module: Any) -> int:
 def compute_dtypes(module: Any) -> Params:
     """In what dtype each parameter may be held, so that the module's numbers stay the same.
 
-    That is the module's compute dtype where the parameter is only ever cast to it, else the
-    parameter's own. Nothing is computed.
+    That is the module's compute dtype where the parameter is only ever cast to it, else the one
+    that the module makes it in. Nothing is computed.
     """
     leaves, tree = _shapes(module)
     dtypes = [
