@@ -91,7 +91,7 @@ def test_which_form_is_taken(monkeypatch, shape, channels, features, form):
         ("tpu", (7, 15, 18), WIDE, 9),
         ("tpu", (1, 16, 16), WIDE, 0),
         ("tpu", (8, 16, 16), WIDE, 0),
-        ("tpu", (2, 16, 15), WIDE, 0),
+        ("tpu", (2, 4, 3), WIDE, 9),
         ("tpu", (2, 16, 16), WIDE // 2, 0),
         ("cuda", (2, 16, 16), WIDE, 0),
     ],
