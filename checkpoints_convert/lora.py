@@ -23,6 +23,7 @@ import numpy as np
 from checkpoints_convert import readers
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.rules import Tensor, grouped
+from tstitch_jax.checks import check_number, shown
 
 OWNERS = {
     "lora_unet_": "unet",
@@ -120,19 +121,34 @@ def _settings(path: Path) -> dict[str, Any]:
     metadata = readers.metadata(path).get("lora_adapter_metadata", "{}")
     try:
         found = json.loads(metadata)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: lora_adapter_metadata is no JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{path}: lora_adapter_metadata must be a JSON object, got {shown(found)}"
+        )
+    return found
 
 
 def _said_alpha(settings: Mapping[str, Any], owner: str, module: str) -> float | None:
-    """The alpha that settings name for a module."""
+    """The alpha that settings name for a module; raises ValueError if they are damaged."""
     prefix = f"{owner}." if any(key.startswith(f"{owner}.") for key in settings) else ""
-    for pattern, alpha in (settings.get(f"{prefix}alpha_pattern") or {}).items():
-        if re.search(rf"(^|_){_flat(pattern)}$", module):
-            return float(alpha)
-    alpha = settings.get(f"{prefix}lora_alpha")
-    return None if alpha is None else float(alpha)
+    name, patterns = f"{prefix}lora_alpha", settings.get(f"{prefix}alpha_pattern") or {}
+    alpha = settings.get(name)
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{prefix}alpha_pattern must be numbers by module, got {shown(patterns)}")
+    for pattern, value in patterns.items():
+        try:
+            found = re.search(rf"(^|_){_flat(pattern)}$", module)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{prefix}alpha_pattern has {shown(pattern)}, which is no regular expression: "
+                f"{error}"
+            ) from None
+        if found:
+            name, alpha = f"{prefix}alpha_pattern of {shown(pattern)}", value
+            break
+    return None if alpha is None else check_number(name, alpha)
 
 
 def read(path: Path, owner: str) -> tuple[dict[str, Change], Path]:
@@ -203,7 +219,10 @@ def read(path: Path, owner: str) -> tuple[dict[str, Change], Path]:
         raise CheckpointError(f"{path} lacks down or up of: {', '.join(sorted(broken)[:5])}")
     for module, change in changes.items():
         if change.alpha is None:
-            change.alpha = _said_alpha(settings, owner, module)
+            try:
+                change.alpha = _said_alpha(settings, owner, module)
+            except ValueError as error:
+                raise CheckpointError(f"the settings of {path} are damaged: {error}") from None
     return changes, path
 
 

@@ -14,7 +14,8 @@ CONVERT = ROOT / "checkpoints_convert"
 # A module may import from a lower rank only; modules of one rank do not know each other.
 RANKS = {
     "types": 0,
-    "schedules": 1,
+    "checks": 1,
+    "schedules": 2,
     "networks": 1,
     "tokenizer": 1,
     "pictures": 1,
@@ -23,16 +24,15 @@ RANKS = {
     "records": 1,
     "shards": 1,
     "hosts": 1,
-    "prediction": 2,
+    "prediction": 3,
     "plan": 2,
     "guidance": 4,
     "solvers": 3,
     "stitch": 3,
-    "checkpoint": 3,
+    "checkpoint": 4,
     "evaluation": 3,
     "sampler": 4,
-    "checkpoints_convert": 4,
-    "checks": 4,
+    "checkpoints_convert": 5,
     "parallel": 5,
     "conditioning": 5,
     "hub": 6,
@@ -46,7 +46,10 @@ RANKS = {
     "__init__": 9,
     "cli": 10,
 }
-CORE = {"types", "schedules", "prediction", "plan", "guidance", "solvers", "stitch", "sampler"}
+CORE = {
+    "types", "checks", "schedules", "prediction", "plan", "guidance", "solvers", "stitch",
+    "sampler",
+}  # fmt: skip
 CORE_MAY_IMPORT = {"jax", "numpy", "jaxtyping"}
 
 

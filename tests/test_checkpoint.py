@@ -5,6 +5,7 @@ import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params, tiny_card, tiny_network
@@ -162,6 +163,16 @@ def test_every_misfit_is_listed():
     )
     with pytest.raises(ValueError, match=message):
         ts.make_network(card, params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float16, "nonsense", None])
+def test_other_dtypes_are_refused(folder, dtype):
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, got"):
+        ts.load(folder, dtype)
+
+
+def test_a_dtype_by_name_is_the_same(folder):
+    assert ts.load(folder, "bfloat16").denoiser is ts.load(folder, jnp.bfloat16).denoiser
 
 
 def test_a_folder_beside_the_network_is_told(folder, tmp_path):

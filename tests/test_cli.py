@@ -215,6 +215,7 @@ BAD = [
     (["--solver", "ddpm", "--eta", "1"], "eta belongs to the solvers 'ddim'"),
     (["--solver", "lcm"], "'lcm' needs consistency networks, and the card of fashion-"),
     (["--spacing", "trailling"], "unknown spacing 'trailling'; did you mean 'trailing'"),
+    (["--times", "900", "3", "--steps", "7"], "give --steps or --times, not both"),
     (["--times", "500", "600"], "in float32, but 500 is followed by 600"),
     (["--cfg-interval", "2", "1"], "a guidance interval needs a scale and levels 0 <= low < high"),
     (["--plan", "nothing.json"], "cannot read the plan nothing.json"),
@@ -433,6 +434,15 @@ def test_grid_places_every_image():
         for j, shade in enumerate(row):
             y, x = -6 - (2 - i) * 75 + 36, -8 - (3 - j) * 75 + 36
             assert (picture[y - 30 : y + 30, x - 30 : x + 30] == shade).all()
+
+
+def test_texts_around_a_grid_are_broken_at_its_width():
+    grids = [pictures.grid(np.zeros((1, 4, 8, 8, 1)), ["r"], [""] * 4, footer=f)
+             for f in ("word", "word " * 40)]  # fmt: skip
+    short, long = (image.size for image in grids)
+    assert long[0] == short[0]
+    assert long[1] > short[1] + 60
+    assert np.asarray(grids[1])[:, -6:].min() == 255
 
 
 def test_to_uint8():

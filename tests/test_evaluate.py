@@ -6,6 +6,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -374,6 +375,10 @@ def test_a_cut_archive_is_refused(tmp_path):
     ("changes", "message"),
     [
         (dict(metrics=["fud"]), "unknown measure 'fud'; choose from fid"),
+        (dict(metrics=5), "metrics must be a list of measures, got 5"),
+        (dict(prompts=5), "prompts must be one for each of the 90 images .* got 5"),
+        (dict(samples=5), "images must be a path, tfds:NAME or a NumPy array, got 5"),
+        (dict(features="inception"), "features must be a feature network .* got 'inception'"),
         (dict(metrics=["accuracy"]), r"has no labels \(arr_1\)"),
         (dict(reference=None, metrics=["fid"]), "there is no REFERENCE"),
         (dict(num=0), "num must be a whole number of at least 1"),
@@ -398,6 +403,8 @@ def test_bad_requests_are_refused_before_anything_is_read(
     network, sets, monkeypatch, changes, message
 ):
     monkeypatch.setattr(Extractor, "__call__", lambda *_: pytest.fail("it has begun"))
+    # As users call it, without the tests' own checks of types.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     arguments = dict(samples=sets[0], reference=sets[1], features=network) | changes
     with pytest.raises(ValueError, match=message):
         evaluate(arguments.pop("samples"), arguments.pop("reference"), **arguments)

@@ -284,6 +284,7 @@ def test_bad_input(network, tmp_path):
         (dict(batch=0), r"batch must be .* at least 1, got 0"),
         (dict(seed=-1), r"seed must be .* got -1"),
         (dict(seed=2**32), r"below 2\^32"),
+        (dict(batch=10**12), r"batch must be at most 65536, got 1000000000000"),
         (dict(labels=[11]), r"labels must be 0 to 9, got 11"),
         (dict(labels=[]), r"labels must be a list"),
         (dict(solver=ts.ddim()), r"solver by name"),

@@ -217,6 +217,27 @@ def test_weights_and_metadata_that_are_refused(tmp_path):
         merged(STATE, pair("unet.a.to_q"), tmp_path, metadata={"lora_adapter_metadata": "{"})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], r"must be a JSON object, got \[\]"),
+        ({"unet.alpha_pattern": ["q_proj"]}, r"unet.alpha_pattern must be numbers by module, got"),
+        ({"unet.alpha_pattern": {"(": 1}}, r"alpha_pattern has '\(', which is no regular express"),
+        ({"unet.alpha_pattern": {"a{9999999999}": 1}}, r"has 'a.9999999999.', which is no regular"),
+        (
+            {"unet.alpha_pattern": {"to_q": "x"}},
+            "alpha_pattern of 'to_q' must be a number, got 'x'",
+        ),
+        ({"unet.lora_alpha": [1]}, r"unet.lora_alpha must be a number, got \[1\]"),
+        ({"unet.lora_alpha": 10**400}, "unet.lora_alpha must be a finite number, got 1000"),
+    ],
+)
+def test_settings_that_are_damaged(settings, message, tmp_path):
+    metadata = {"lora_adapter_metadata": json.dumps(settings)}
+    with pytest.raises(CheckpointError, match=message):
+        merged(STATE, pair("unet.a.to_q"), tmp_path, metadata=metadata)
+
+
 # Through conversion
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 
+import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from helpers import GOLDEN, tiny_card
@@ -114,8 +116,39 @@ def test_knots(name):
 def test_unknown_schedule_says_the_near_one():
     with pytest.raises(ValueError, match="unknown schedule 'linaer'; did you mean 'linear'"):
         make_schedule("linaer")
-    with pytest.raises(ValueError, match="at least 21, got 3"):
-        make_schedule("linear", 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_schedule("linear", 3), "num_train_steps must be 21 to 1048576, got 3"),
+        (lambda: make_schedule("linear", 10**400), "must be 21 to 1048576, got 1000"),
+        (lambda: make_schedule(["linear"]), r"unknown schedule \['linear'\]; did you mean"),
+        (lambda: make_schedule("linear", betas=[[1e-4], [1e-4, 0.02]]), "betas are a first and a"),
+        (lambda: respace(1000, "9" * 5000), "a number like 50, sections .* got '9{79}$"),
+        (lambda: respace(1000, 10**400), "at most the 1000 training times, got 10{79}$"),
+        (lambda: respace(1000, 10**5000), "got int of too many digits"),
+        (lambda: make_knots("linear", 4), "schedule must be what ts.make_schedule returns, got"),
+        (lambda: make_knots(LINEAR, 4, ["lcm"]), r"unknown spacing \['lcm'\]; did you mean 'lcm'"),
+        (lambda: make_knots(LINEAR, [[1], [2, 3]]), "must be a whole number or a list of times"),
+        (lambda: make_knots(LINEAR, 5.0), "must be a whole number or a list of times, got 5.0"),
+        (lambda: make_knots(LINEAR, "9" * 5000, "karras"), "a plain number of steps, got '999"),
+        (lambda: make_knots(LINEAR, 10**400, "karras"), "at most the 1000 .* got 10{79}$"),
+        (lambda: make_knots(make_schedule("flow"), 10**5000), "got int of too many digits"),
+    ],
+)
+def test_bad_input(make, message, monkeypatch):
+    # As users call it, without the tests' own checks of types.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_arrays_of_any_kind():
+    for betas in (np.array([1e-4, 0.02]), (1e-4, 0.02)):
+        assert make_schedule("linear", betas=betas) == LINEAR
+    for times in (np.array([900, 10]), jnp.array([900.0, 10.0])):
+        np.testing.assert_array_equal(make_knots(LINEAR, times).time, [900, 10, 0])
 
 
 @pytest.fixture(scope="module")

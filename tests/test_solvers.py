@@ -403,6 +403,7 @@ def test_names():
     assert ts.dpmpp() == ts.dpmpp(2) == ts.dpmpp(order=2) == ts.make_solver("dpmpp")
     assert ts.ddpm() == ts.ddpm("auto") == ts.make_solver("ddpm")
     assert ts.ddim(np.float32(0.5)) == ts.ddim(0.5)
+    assert ts.dpmpp(np.int64(3)) == ts.dpmpp(3)
     # The same method under the names of three papers.
     assert ts.euler() == ts.ddim()
     assert ts.euler_ancestral() == ts.ddim(1.0)
@@ -424,13 +425,18 @@ def test_names():
         (lambda: ts.sde("sigma", -1.0), "scale of the diffusion must be at least 0, got -1"),
         (lambda: ts.ddpm("tiny"), "unknown variance 'tiny'"),
         (lambda: ts.ddim(np.float32(3)), "eta must be between 0 and 1, got np.float32"),
-        (lambda: ts.ddim("much"), "eta must be between 0 and 1, got 'much'"),
+        (lambda: ts.ddim("much"), "eta must be a number, got 'much'"),
+        (lambda: ts.ddim(10**400), "eta must be a finite number, got 1000"),
+        (lambda: ts.sde("sigma", 10**400), "diffusion must be a finite number, got 1000"),
+        (lambda: ts.make_solver(["ddim"]), r"unknown solver \['ddim'\]; did you mean 'ddim'"),
+        (lambda: ts.dpmpp(True), "dpmpp has order 1, 2 or 3, got True"),
         (lambda: ts.dpmpp(3.0), "dpmpp has order 1, 2 or 3, got 3.0"),
         (lambda: ts.dpmpp([3]), "dpmpp cannot take"),
-        (lambda: ts.lcm(float("nan")), "sigma_data must be at least 1e-09, got nan"),
+        (lambda: ts.lcm(float("nan")), "sigma_data must be a finite number, got nan"),
+        (lambda: ts.lcm(0.0), "sigma_data must be at least 1e-09, got 0.0"),
         (
             lambda: ts.sde("sigma", float("inf")),
-            "the diffusion must be at least 0, got inf",
+            "the diffusion must be a finite number, got inf",
         ),
     ],
 )

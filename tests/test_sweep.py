@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from conftest import UNOPTIMISED
@@ -28,7 +29,7 @@ from tstitch_jax.costs import pareto_front
 from tstitch_jax.evaluation import metric_key
 from tstitch_jax.networks import init_params
 from tstitch_jax.shards import Shards
-from tstitch_jax.sweep import ROUNDS, _check, _guidance, _open_way, estimate
+from tstitch_jax.sweep import NOISE, ROUNDS, _check, _guidance, _on_front, _open_way, estimate
 from tstitch_jax.types import FeatureCard
 
 
@@ -134,7 +135,7 @@ def test_times_and_the_front(done):
     speedups = [float(row["speedup"]) for row in rows]
     assert speedups == pytest.approx([max(seconds) / s for s in seconds], rel=1e-3)
     values = [float(row["fd_looks"]) for row in rows]
-    front = pareto_front(seconds, values, lower_is_better=True)
+    front = _on_front(seconds, values, lower_is_better=True)
     assert [row["pareto"] == "yes" for row in rows] == front
 
 
@@ -238,9 +239,22 @@ def test_places_that_are_refused(config, tmp_path):
     ("change", "message"),
     [
         (dict(points=[]), "the sweep has no points"),
-        (dict(num=0), "num and batch must be whole numbers of at least 1, below .*, got 0"),
+        (dict(num=0), "num must be a whole number, 1 to 4294967295, got 0"),
+        (dict(batch=2**16 + 1), "batch must be a whole number, 1 to 65536, got 65537"),
         (dict(seeds=[0, 0]), "seeds must differ"),
+        (dict(seeds=None), "seeds must be a list, got None"),
+        (dict(seeds=0), "seeds must be a list, got 0"),
+        (dict(seeds=[10**400]), "each seed must be a whole number, 0 to 4294967295, got 10000"),
         (dict(metrics=["fidd"]), "unknown measure 'fidd'"),
+        (dict(metrics=[["is"]]), r"unknown measure \['is'\]; choose from"),
+        (dict(metrics="fid"), "metrics must be a list, got 'fid'"),
+        (dict(x_label=None), "x_label must be a text, got None"),
+        (dict(reference=5), "reference must be a text, got 5"),
+        (dict(features=None), "features must be a text, got None"),
+        (
+            dict(features="fashion-s"),
+            "^features must be a feature network .*, got the Network fashion-s$",
+        ),
         (
             dict(metrics=["fid_infinity"]),
             "fid_infinity cannot be measured: it needs at least 50 images",
@@ -249,11 +263,15 @@ def test_places_that_are_refused(config, tmp_path):
         (dict(reference="nowhere.npz"), "nothing at nowhere.npz"),
         (dict(features="small"), "small"),
         (dict(dtype="int8"), "dtype must be"),
-        (dict(x=math.nan), "x must be a finite number"),
+        (dict(x=math.nan), "x of a point of 'shares' must be a finite number or a name, got nan"),
+        (dict(x=10**400), "x of a point of 'shares' must be a finite number or a name, got 1000"),
+        (dict(x=None), "point None of 'shares': x must be a finite number or a name"),
+        (dict(series=["a"]), r"series of a point must be a name, got \['a'\]"),
         (dict(x="a"), "numbers at all points, or names at all"),
         (dict(x=0.5), "point 0.5 of 'shares' and point 0.5 of 'shares' have one name"),
         (dict(networks=["nothing"]), "point 0 of 'shares': .*nothing"),
         (dict(networks=[]), "point 0 of 'shares': networks must be a list"),
+        (dict(networks=5), "point 0 of 'shares': networks must be a list"),
         (dict(fractions=[0.5, 0.6]), "point 0 of 'shares': fractions must sum to 1"),
         (dict(plan=[0, 1]), "point 0 of 'shares': give fractions or a plan, not both"),
         (dict(fractions=None, plan=[0, 2]), "point 0 of 'shares': a plan for 2 networks"),
@@ -262,9 +280,13 @@ def test_places_that_are_refused(config, tmp_path):
         (dict(noise=1), "point 0 of 'shares': no option 'noise'"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_computed(config, tmp_path, change, message):
+def test_bad_input_is_named_before_anything_is_computed(
+    config, tmp_path, monkeypatch, change, message
+):
+    # As users call it, without the tests' own checks of types.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     point = config.points[0]
-    fields = {k: v for k, v in change.items() if k in ("x", "networks")}
+    fields = {k: v for k, v in change.items() if k in ("series", "x", "networks")}
     sweep_fields = {field.name for field in dataclasses.fields(ts.SweepConfig)}
     whole = {k: v for k, v in change.items() if k in sweep_fields}
     options = {k: v for k, v in change.items() if k not in {**fields, **whole}}
@@ -386,7 +408,8 @@ def test_costs_count_every_row_of_guidance(config, folder):
         "alone": (dict(cfg_scale=None), 2 * (small + large)),
         "auto": (dict(cfg_scale=None, auto_scale=2.0), 2 * (small + large) + 2 * small),
         "nowhere": (dict(cfg_interval=[1e5, 1e6]), 2 * (small + large)),
-        "heun": (dict(solver="heun"), 4 * 2 * (small + large)),
+        "heun": (dict(solver="heun"), 8 * small + 6 * large),
+        "pndm": (dict(solver="pndm"), 6 * small + 4 * large),
     }
     points = [
         dataclasses.replace(point, series=name, options=point.options | more)
@@ -425,6 +448,19 @@ def test_the_front_is_what_nothing_beats(points, lower):
     assert any(front)
 
 
+@given(NUMBERS, st.booleans())
+def test_no_point_on_the_measured_front_is_there_by_noise(points, lower):
+    seconds, values = zip(*points, strict=True)
+    strict = pareto_front(seconds, values, lower_is_better=lower)
+    assert _on_front(seconds, values, lower_is_better=lower) == strict  # no two nearly alike
+    # The same points again, better and slower by a hair.
+    slower = [s * (1 + NOISE) for s in seconds]
+    better = [v - 0.5 if lower else v + 0.5 for v in values]
+    front = _on_front([*seconds, *slower], [*values, *better], lower_is_better=lower)
+    assert front[: len(points)] == [False] * len(points)
+    assert any(front)
+
+
 @pytest.mark.parametrize(
     ("costs", "values", "lower", "expected"),
     [
@@ -452,6 +488,9 @@ def test_every_series_has_a_style_of_its_own(tmp_path):
     drawn = [bars.lines[0] for bars in figure.axes[0].containers]
     styles = {(line.get_color(), line.get_marker()) for line in drawn}
     assert len(styles) == 56
+    assert [drawn[i].get_linestyle() for i in (0, 7)] == ["-", "--"]
+    assert drawn[0].get_markerfacecolor() == drawn[0].get_color()
+    assert drawn[7].get_markerfacecolor() == "white"
     assert figure.axes[0].get_ylabel() == "y (lower is better)"
     charts.write_chart(figure, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -463,6 +502,7 @@ def test_names_along_x_are_not_joined():
     assert axes.containers[0].lines[0].get_linestyle() == "None"
     assert [text.get_text() for text in axes.get_xticklabels()] == ["b", "a"]
     assert not axes.figure.legends
+    assert not axes.containers[0].has_yerr  # of one seed
 
 
 def test_the_front_is_drawn_in_order_of_time():
@@ -477,6 +517,19 @@ def test_the_front_is_drawn_in_order_of_time():
     np.testing.assert_array_equal(drawn.get_xydata(), [[0.1, 5], [1, 2], [3, 1]])
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.9", "0.5", "0.1"]
     assert figure.axes[0].get_xscale() == "log"
+
+
+def test_labels_cover_neither_points_nor_each_other():
+    x = [1.0, 1.02, 1.04, 2.0]
+    line = charts.Line("a", x, [4, 3.9, 3.8, 1], [0] * 4, ["some name"] * 4)
+    figure = charts.front([line], [[True] * 4], title="", x_label="", y_label="", label="name")
+    axes = figure.axes[0]
+    points = axes.transData.transform(np.column_stack([line.x, line.y]))
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert 2 <= len(boxes) < 5
+    for i, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[:i])
+        assert not box.count_contains(points)
 
 
 # ------------------------------------------------------------------------------------ command
@@ -598,7 +651,7 @@ def test_the_projects_configurations(tmp_path, monkeypatch):
     points = {f.stem: len(load_config(str(f), ts.SweepConfig).points) for f in files}
     assert points == {
         "sweep_allocation": 4, "sweep_finetuned": 9, "sweep_fractions": 11, "sweep_guidance": 45,
-        "sweep_steps": 27, "sweep_three": 66,
+        "sweep_steps": 36, "sweep_three": 66,
     }  # fmt: skip
     loaded = {}
     for file in files:

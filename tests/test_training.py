@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filelock import FileLock
 from helpers import tiny_card
 from hypothesis import given
 from hypothesis import strategies as st
@@ -115,6 +116,35 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path):
         np.testing.assert_array_equal(found, expected)
     logs = [(tmp_path / name / "log.csv").read_text() for name in ("broken", "whole")]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, number):
+    class Stopping(ArrayImages):
+        def read(self, indices):
+            if len(indices) > 1:  # a batch, not the check of the data
+                self.reads += 1
+                if self.reads == 57:
+                    signal.raise_signal(number)
+            return super().read(indices)
+
+    config = make_config(save_every=40)
+    data = Stopping(*make_images())
+    data.reads = 0
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "a", images=data, progress=False)
+    assert signal.getsignal(number) == before
+    assert {"40", "57"} == {p.name for p in (tmp_path / "a" / "checkpoints").iterdir()}
+    train(config, tmp_path / "a", images=data, progress=False)
+    assert data.reads == config.steps
+    train(config, tmp_path / "b", images=ArrayImages(*make_images()), progress=False)
+    for found, expected in zip(leaves(tmp_path / "a"), leaves(tmp_path / "b"), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    with open(tmp_path / "a" / "log.csv", newline="") as stream:
+        assert [row["step"] for row in csv.DictReader(stream)] == [
+            "40", "50", "57", "80", "100"
+        ]  # fmt: skip
 
 
 def test_a_run_can_be_prolonged_but_not_changed(tmp_path):
@@ -225,6 +255,8 @@ def test_previews_are_asked_for_at_checkpoints(tmp_path):
     [
         (dict(steps=0), "steps must be a whole number of at least 1, got 0"),
         (dict(batch=-1), "batch must be a whole number of at least 1, got -1"),
+        (dict(seed=2**32), r"seed must be below 2\^32, got 4294967296"),
+        (dict(data=Path("x.npz")), "data must be text, such as 'tfds:mnist', got PosixPath"),
         (dict(seed=-1), "seed must be a whole number of at least 0, got -1"),
         (dict(label_dropout=5.0), "label_dropout must be a number from 0 to 1, got 5.0"),
         (dict(ema=float("nan")), "ema must be a number from 0 to 1, got nan"),
@@ -253,6 +285,31 @@ def test_bad_settings(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "run", images=images, progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    config = make_config(steps=20, save_every=20, warmup=0, cooldown=0)
+    data = ArrayImages(*make_images())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").touch()
+    with pytest.raises(ValueError, match=r"other holds other things \(notes\) and no settings"):
+        train(config, tmp_path / "other", images=data, progress=False)
+    (tmp_path / "job").mkdir()
+    settings = tmp_path / "job" / "settings.json"
+    settings.write_text('{"format": 3, "seed": 1}')
+    with pytest.raises(ValueError, match=r"settings.json is not that of a training run"):
+        train(config, tmp_path / "job", images=data, progress=False)
+    assert settings.read_text() == '{"format": 3, "seed": 1}'
+    (tmp_path / "run" / "network").mkdir(parents=True)
+    (tmp_path / "run" / "network" / "notes").touch()
+    with pytest.raises(ValueError, match="exists and is not a network folder"):
+        train(config, tmp_path / "run", images=data, progress=False)
+    (tmp_path / "held").mkdir()
+    with (
+        FileLock(tmp_path / "held" / ".lock"),
+        pytest.raises(ValueError, match="another process works on"),
+    ):
+        train(config, tmp_path / "held", images=data, progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

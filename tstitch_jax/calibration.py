@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tstitch_jax import parallel, pipeline
-from tstitch_jax.checks import check_key, check_networks, check_number, is_list, shown
+from tstitch_jax.checks import check_key, check_networks, check_number, is_list, plain, shown
 from tstitch_jax.costs import pareto_front, pass_seconds, passes
 from tstitch_jax.files import whole_file
 from tstitch_jax.plan import Plan
@@ -409,13 +409,6 @@ def _warnings(
     return said
 
 
-def _plain(value: Any) -> Any:
-    """An option as JSON holds it."""
-    if is_list(value):
-        return [_plain(each) for each in value]
-    return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
-
-
 class _TooQuick(ValueError):
     """No plan is as quick as that."""
 
@@ -581,7 +574,7 @@ def calibrate(
     goal = {"tolerance": tolerance} if budget is None else {"budget": budget}
     # Contexts, what takes the place of negative texts among them, are no settings to be read.
     left = {"context", "text_encoder"} | ({"negative"} if "context" in asked else set())
-    given = {k: _plain(v) for k, v in asked.items() if k not in left}
+    given = {k: plain(v) for k, v in asked.items() if k not in left}
     return Calibration(
         chosen=chosen,
         front=front,

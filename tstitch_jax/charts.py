@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe & Ito's, which the colour-blind tell apart, less the yellow, too faint on white."""
 
 MARKERS = "osD^vP*X"
 """One more than there are colours, so that 56 series each have a pair of their own."""
+
+LINES = ("-", "--", ":", "-.")
+"""Of joined series; the next one, each time that the colours begin anew."""
 
 _LOG = 8
 """Times that differ by more than this factor are drawn on a logarithmic axis."""
@@ -72,11 +76,14 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 def _draw(axes: Axes, lines: Sequence[Line], *, joined: bool) -> None:
     styles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
-    for line, (colour, marker) in zip(lines, styles, strict=False):
+    for i, (line, (colour, marker)) in enumerate(zip(lines, styles, strict=False)):
+        turn = i // len(COLOURS)
         x: Any = list(line.x)  # names too, which Matplotlib's types leave out
         axes.errorbar(
-            x, line.y, line.errors, label=line.name, color=colour, marker=marker, markersize=9,
-            linestyle="-" if joined else "none", linewidth=2.2, elinewidth=1.4, capsize=4,
+            x, line.y, line.errors if any(line.errors) else None, label=line.name, color=colour,
+            marker=marker, markersize=9, markerfacecolor="white" if turn % 2 else colour,
+            linestyle=LINES[turn % len(LINES)] if joined else "none", linewidth=2.2,
+            elinewidth=1.4, capsize=4,
         )  # fmt: skip
 
 
@@ -89,6 +96,32 @@ def _legend(figure: Figure, axes: Axes) -> None:
         figure.legend(
             handles, names, loc="outside lower center", ncols=columns, fontsize=14, frameon=False
         )
+
+
+def _place(figure: Figure, axes: Axes, labels: Sequence[Annotation]) -> None:
+    """Moves labels to where they cover no point and no other label; those without place go.
+
+    Args:
+        figure, axes: The chart, otherwise complete.
+        labels: Of points.
+    """
+    figure.draw_without_rendering()  # which lays it out
+    points = [p for line in axes.lines for p in axes.transData.transform(line.get_xydata())]
+    placed: list[Any] = []
+    for label in labels:
+        label.set_in_layout(False)
+        for far, across, up in itertools.product((9, 30), (11, -11), (1, -1)):
+            label.set_position((across, far * up))
+            label.set_horizontalalignment("left" if across > 0 else "right")
+            label.set_verticalalignment("bottom" if up > 0 else "top")
+            box = label.get_window_extent()
+            near = box.padded(5 * figure.dpi / 72)  # half a point's mark
+            covers = box.count_overlaps(placed) or any(near.contains(*point) for point in points)
+            if not covers and axes.bbox.count_contains(box.get_points()) == 2:
+                placed.append(box)
+                break
+        else:
+            label.remove()
 
 
 def curves(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) -> Figure:
@@ -115,7 +148,7 @@ def front(
     Args:
         lines: Their x are seconds.
         on_front: Of each line's points whether they are of the front; these are labelled where
-            they are at most 14.
+            they are at most 14, and there is room.
         title, x_label, y_label: What is written.
         label: What the labels of points are.
     """
@@ -132,15 +165,18 @@ def front(
         color="#444444", linestyle="--", linewidth=1.6, marker="o", markersize=17,
         markerfacecolor="none",
     )  # fmt: skip
-    for x, y, text in best if named else ():
+    labels = [
         axes.annotate(
             text, (x, y), xytext=(11, 9), textcoords="offset points", fontsize=14, color="#222222"
         )
+        for x, y, text in (best if named else ())
+    ]
     times: list[Any] = [x for line in lines for x in line.x]
     if max(times) > _LOG * min(times):
         _log_axis(axes)
     axes.margins(0.1)
     _legend(figure, axes)
+    _place(figure, axes, labels)
     return figure
 
 

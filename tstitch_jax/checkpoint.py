@@ -197,6 +197,11 @@ def _on_device(params: Params) -> Params:
 
 def _fit(card: C, params: Params, dtype: Any) -> tuple[Any, Params, C]:
     """The module of a card, its parameters as it holds them, and the card completed."""
+    try:
+        # Always the same object of equal ones, since a module is known again by it.
+        dtype = {jnp.dtype(d): d for d in (jnp.float32, jnp.bfloat16)}[jnp.dtype(dtype)]
+    except (TypeError, KeyError):
+        raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r:.80}") from None
     module = module_of(card, dtype)
     check_params(module, params)
     params = jax.tree.map(lambda leaf: _cast(leaf, jnp.float32), params)

@@ -1,7 +1,8 @@
-"""Checks of what ``sample`` takes: each raises ValueError, before anything is compiled."""
+"""Checks of what users give: each raises ValueError, before anything is compiled."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,41 @@ import jax.numpy as jnp
 import numpy as np
 
 from tstitch_jax.types import Autoencoder, Card, FeatureNetwork, Network, TextEncoder
+
+MAX_BATCH = 2**16
+"""Images of a device at a time at most: more than any holds, and lists of as many are no burden."""
+
+_MOST_PIXELS = 2**16
+"""Of a side of an image."""
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: one line, not too long; a network by its name."""
+    if isinstance(value, Autoencoder | FeatureNetwork | Network | TextEncoder):
+        return f"the {type(value).__name__} {value.card.name}"
+    try:
+        return " ".join(repr(value).split())[:80]
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"{type(value).__name__} of too many digits"
+
+
+def printable(text: str) -> str:
+    """One line without control sequences, which names out of a file may hold."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def is_list(value: Any) -> bool:
+    """Whether it is a sequence or an array with a length; a text is none."""
+    arrays = isinstance(value, np.ndarray | jax.Array) and value.ndim > 0
+    return arrays or (isinstance(value, Sequence) and not isinstance(value, str))
+
+
+def as_array(value: Any) -> np.ndarray:
+    """The array of a value; where NumPy makes none (of ragged lists, say) one without axes."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        return np.empty((), object)
 
 
 def check_networks(networks: Sequence[Any]) -> None:
@@ -29,7 +65,7 @@ def check_networks(networks: Sequence[Any]) -> None:
                 f"{each.card.name} says features of images and draws none; give a denoiser"
             )
     if not isinstance(networks, Sequence) or not all(isinstance(n, Network) for n in networks):
-        raise ValueError(f"networks must be a list of what ts.load returns, got {networks!r:.80}")
+        raise ValueError(f"networks must be a list of what ts.load returns, got {shown(networks)}")
     if not networks:
         raise ValueError("give at least one network")
     first = networks[0].card
@@ -59,10 +95,11 @@ def check_size(size: Any, networks: Sequence[Network], factor: int) -> tuple[int
             raise ValueError(
                 f"size must be two whole numbers, height and width, got {shown(size)}"
             ) from None
-        if min(height, width) < 1 or height % factor or width % factor:
+        fit = all(0 < n <= _MOST_PIXELS and n % factor == 0 for n in (height, width))
+        if not fit:
             raise ValueError(
                 f"size must be two multiples of {factor * (networks[-1].multiple or 1)}, above 0, "
-                f"got {height}x{width}"
+                f"at most {_MOST_PIXELS}, got {shown(size)}"
             )
         shape = (height // factor, width // factor, shape[2])
     for network in networks:
@@ -95,10 +132,7 @@ def check_labels(labels: Any, cards: Sequence[Card]) -> tuple[np.ndarray, ...]:
         raise ValueError(f"{len(cards)} networks need as many lists of labels, got {len(labels)}")
     checked = []
     for own, card in zip(labels, cards, strict=True):
-        try:
-            array = np.asarray(own)
-        except ValueError:  # ragged
-            array = np.empty(0)
+        array = as_array(own)
         if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
             raise ValueError(
                 f"labels must be a list of whole numbers, one an image, got {shown(own)}"
@@ -121,8 +155,7 @@ def check_autoencoder(network: Network, autoencoder: Autoencoder | None) -> None
     """Raises ValueError unless what the network makes can be turned into images."""
     card = network.card
     if autoencoder is not None and not isinstance(autoencoder, Autoencoder):
-        name = autoencoder.card.name if isinstance(autoencoder, Network) else repr(autoencoder)
-        raise ValueError(f"{name:.80} is no autoencoder; give one, as ts.load returns it")
+        raise ValueError(f"{shown(autoencoder)} is no autoencoder; give one, as ts.load returns it")
     if autoencoder is None:
         if card.autoencoder or card.image_shape[2] not in (1, 3):
             name = card.autoencoder or "sd-vae-ft-ema"
@@ -137,19 +170,11 @@ def check_autoencoder(network: Network, autoencoder: Autoencoder | None) -> None
         )
 
 
-def shown(value: Any) -> str:
-    """A value in an error message: one line, not too long."""
-    return " ".join(repr(value).split())[:80]
-
-
 def check_images(name: str, value: Any, shape: tuple[int, ...], what: str) -> jax.Array:
     """A float32 array of that shape without NaN."""
-    try:
-        array = np.asarray(value)
-        if array.dtype.kind not in "iuf" and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be an array of numbers {shape}, {what}") from None
+    array = as_array(value)
+    if array.dtype.kind not in "iuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} must be an array of numbers {shape}, {what}, got {shown(value)}")
     if array.shape != shape:
         raise ValueError(f"{name} must be {shape}, {what}, got {array.shape}")
     array = array.astype(np.float32)
@@ -166,21 +191,34 @@ def check_key(key: Any) -> None:
         raise ValueError(f"key must be one key from jax.random.key, got {shown(key)}")
 
 
-def is_list(value: Any) -> bool:
-    arrays = isinstance(value, np.ndarray | jax.Array) and value.ndim > 0
-    return arrays or (isinstance(value, Sequence) and not isinstance(value, str))
+def plain(value: Any) -> Any:
+    """An option as JSON holds it."""
+    if is_list(value):
+        return [plain(each) for each in value]
+    return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
 
 
-def check_number(name: str, value: Any, or_none: str = "") -> float:
-    """A finite number that float32 holds."""
+def check_number(
+    name: str,
+    value: Any,
+    or_none: str = "",
+    low: float | int = -math.inf,
+    high: float | int = math.inf,
+) -> float:
+    """A finite number that float32 holds, from ``low`` to ``high``."""
     try:
         if isinstance(value, str | bool):
             raise ValueError
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number{or_none}, got {shown(value)}") from None
+    except OverflowError:  # an integer beyond float64
+        number = math.inf
     if not abs(number) < float(np.finfo(np.float32).max):
-        raise ValueError(f"{name} must be a finite number{or_none}, got {number}")
+        raise ValueError(f"{name} must be a finite number{or_none}, got {shown(value)}")
+    if not low <= number <= high:
+        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {bounds}, got {shown(value)}")
     return number
 
 
@@ -221,7 +259,9 @@ def check_start(
     if encoder is not None:
         factor = encoder.factor
         shape = (shape[0], shape[1] * factor, shape[2] * factor, encoder.card.image_shape[2])
-    if np.asarray(start).dtype.kind in "iu":
+    if as_array(start).dtype.kind in "iu":
         raise ValueError("start must be floats, images in [-1, 1], got whole numbers (of pixels?)")
     start = check_images("start", start, shape, "one image each")
+    if (largest := float(jnp.abs(start).max())) > 30:  # no latents are
+        raise ValueError(f"start must be images in [-1, 1], got values of {largest:g} (of pixels?)")
     return start, max(1, int(steps * strength + 1e-6))

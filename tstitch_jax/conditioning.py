@@ -86,9 +86,8 @@ def _check_width(card: Card, width: int, made: str) -> None:
 
 
 def _of_texts(
-    cards: Sequence[Card], texts: list[str], negative: Any, encoders: list[TextEncoder],
-    guided: Sequence[bool],
-) -> list[Condition]:  # fmt: skip
+    texts: list[str], negative: Any, encoders: list[TextEncoder], guided: Sequence[bool]
+) -> list[Condition]:
     negative = "" if negative is None else negative
     nothing = [negative] if isinstance(negative, str) else check_texts("negative", negative)
     if len(nothing) not in (1, len(texts)):
@@ -202,7 +201,7 @@ def make_conditions(
             made = _of_contexts(own, context, negative, scaled)
         else:
             texts = check_texts("prompts", prompts)
-            made = _of_texts(own, texts, negative, check_encoders(text_encoder, own), scaled)
+            made = _of_texts(texts, negative, check_encoders(text_encoder, own), scaled)
         found |= zip(others, made, strict=True)
     elif any(each is not None for each in (context, prompts, negative, text_encoder)):
         raise ValueError(

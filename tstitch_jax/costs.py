@@ -21,8 +21,8 @@ ROUNDS = 3
 def passes(request: pipeline.Sampling) -> np.ndarray:
     """How often an image goes through each network, by who takes the step.
 
-    Guidance sends it through twice, autoguidance through the first network too, and Heun's method
-    asks twice a step.
+    Guidance sends it through twice, autoguidance through the first network too. Heun's methods ask
+    twice a step, PNDM in the first step, neither in a step to clean data.
 
     Returns:
         float64 ``[K, N, K]``: entry ``[k, i, m]`` says how often it goes through network m in step
@@ -43,7 +43,10 @@ def passes(request: pipeline.Sampling) -> np.ndarray:
         if k:
             found[k, :, 0] += guided(given.auto_scale)
     name = solver.name if isinstance(solver, Solver) else solver
-    return found * (2 if name.endswith("heun") else 1)
+    twice = np.zeros(steps)
+    twice[: {"heun": steps, "flow_heun": steps, "pndm": 1}.get(name, 0)] = 1
+    twice *= np.asarray(request.inputs.knots.sigma)[1:] > 0
+    return found * (1 + twice)[:, None]
 
 
 def timed(request: pipeline.Sampling) -> float:

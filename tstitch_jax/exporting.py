@@ -15,7 +15,7 @@ import numpy as np
 
 from tstitch_jax import pipeline
 from tstitch_jax.conditioning import Condition
-from tstitch_jax.files import whole_file
+from tstitch_jax.files import check_writable, whole_file
 from tstitch_jax.parallel import mesh_of
 from tstitch_jax.plan import Plan
 from tstitch_jax.types import Autoencoder, Network
@@ -89,9 +89,11 @@ def export(
         **options: The other arguments of ``sample`` that its compiled program depends on.
 
     Raises:
-        ValueError: If an argument is not as said.
-        OSError: If the file cannot be written.
+        ValueError: If an argument is not as said, or no file can be written there; before any
+            long work.
+        OSError: If the file cannot be written after all.
     """
+    check_writable(Path(path))
     wrong = [name for name in platforms if name not in PLATFORMS]
     if wrong or not platforms:
         raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, got {wrong}")

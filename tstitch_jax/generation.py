@@ -51,9 +51,6 @@ def _settings(
     owners = [*networks, *([] if autoencoder is None else [autoencoder]), *encoders]
     leaves = [jax.tree.leaves(owner.params) for owner in owners]
 
-    def plain(value: Any) -> Any:
-        return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-
     def seen(owner: Network | Autoencoder | TextEncoder) -> dict[str, Any]:
         card = dataclasses.asdict(owner.card)
         return {name: value for name, value in card.items() if name not in _UNSEEN}
@@ -66,7 +63,7 @@ def _settings(
         "dtypes": [sorted({str(leaf.dtype) for leaf in own}) for own in leaves],
         "plan": np.asarray(request.plan.networks).tolist(),
         "times": np.asarray(request.inputs.knots.time, np.float64).tolist(),
-        **{name: jax.tree.map(plain, value) for name, value in sorted(options.items())},
+        **{name: checks.plain(value) for name, value in sorted(options.items())},
         "seed": seed,
         **asked,
         "batch": batch,
@@ -90,10 +87,14 @@ def _check_hosts(settings: dict[str, Any]) -> None:
 
 def _check(num: int, batch: int, seed: int) -> None:
     for name, value, low in (("num", num, 1), ("batch", batch, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r:.80}")
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
+            raise ValueError(
+                f"{name} must be a whole number of at least {low}, got {checks.shown(value)}"
+            )
     if seed >= 2**32:
-        raise ValueError(f"seed must be below 2^32, got {seed}")
+        raise ValueError(f"seed must be below 2^32, got {checks.shown(seed)}")
+    if batch > checks.MAX_BATCH:
+        raise ValueError(f"batch must be at most {checks.MAX_BATCH}, got {checks.shown(batch)}")
 
 
 @dataclasses.dataclass
@@ -217,6 +218,7 @@ def generate(
             done is kept.
     """
     _check(num, batch, seed)
+    num, batch, seed = int(num), int(batch), int(seed)
     if options.keys() - DEFAULTS.keys():
         wrong = ", ".join(sorted(options.keys() - DEFAULTS.keys()))
         raise TypeError(f"generate takes no {wrong}; its options are {', '.join(DEFAULTS)}")

@@ -36,8 +36,8 @@ def grid(
         images: float ``[R, K, H, W, C]`` in [-1, 1], with 1 or 3 channels.
         rows: R labels; a line break within one is kept.
         columns: K labels, turned where they are wider than the images.
-        title: A line above.
-        footer: Lines below.
+        title: Above; as the footer, it is broken where it is wider than the images.
+        footer: Below.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -56,10 +56,23 @@ def grid(
 
     turned = any(size(c, font)[0] > width for c in columns)
     label_widths = [size(c, font)[0] for c in columns]
-    head = (max(label_widths) if turned else 20) + 8
-    top = (size(title, large)[1] + 12 if title else 6) + head
     left = max([size(r, font)[0] for r in rows], default=0) + 22
     right = left + across * (width + gap) + 8
+
+    def broken(text: str, font) -> str:
+        """Into lines that are no wider than the images, or than 300 pixels."""
+        lines = [""]
+        for word in text.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if lines[-1] and size(longer, font)[0] + 20 > max(right, 300):
+                lines.append(word)
+            else:
+                lines[-1] = longer
+        return "\n".join(lines)
+
+    title, footer = broken(title, large), broken(footer, font)
+    head = (max(label_widths) if turned else 20) + 8
+    top = (size(title, large)[1] + 12 if title else 6) + head
     total = max(right, size(title, large)[0] + 20, size(footer, font)[0] + 20)
     bottom = top + count * (height + gap)
     tail = size(footer, font)[1] + 14 if footer else 6

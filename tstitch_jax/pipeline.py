@@ -406,7 +406,7 @@ def prepare(
             raise ValueError(f"give {name} per step or cfg_interval, not both")
         try:
             low, high = (float(bound) for bound in cfg_interval if is_list(cfg_interval))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"cfg_interval must be two noise levels, low and high, got {shown(cfg_interval)}"
             ) from None

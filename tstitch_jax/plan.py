@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tstitch_jax.checks import as_array, check_number, is_list, shown
+from tstitch_jax.files import whole_file
 from tstitch_jax.types import Knots, Leaf, Schedule
 
 _TOLERANCE = 1e-6
@@ -49,11 +51,13 @@ class Plan:
         >>> Plan.from_list([0, 0, 1], 2).describe(["small", "large"])
         'small x 2, large x 1'
         """
-        array = np.asarray(networks)
+        array = as_array(networks)
         if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"a plan is a list of whole numbers, one a step, got {networks!r}")
+            raise ValueError(
+                f"a plan is a list of whole numbers, one a step, got {shown(networks)}"
+            )
         if not _is_whole(num_networks) or num_networks < 1:
-            raise ValueError(f"num_networks must be a whole number, got {num_networks!r}")
+            raise ValueError(f"num_networks must be a whole number, got {shown(num_networks)}")
         if len(array) > _MOST_STEPS:
             raise ValueError(f"a plan has at most {_MOST_STEPS} steps, got {len(array)}")
         if array.min() < 0 or array.max() >= num_networks:
@@ -70,12 +74,14 @@ class Plan:
         Raises:
             ValueError: If a count is negative or all are 0.
         """
-        array = np.asarray(counts)
+        array = as_array(counts)
         whole = array.ndim == 1 and np.issubdtype(array.dtype, np.integer)
-        if whole and array.size and array.max() > _MOST_STEPS:
-            raise ValueError(f"a plan has at most {_MOST_STEPS} steps, got {counts!r:.80}")
         if not whole or not array.any() or array.min() < 0:
-            raise ValueError(f"counts must be whole numbers, at least 0, not all 0, got {counts!r}")
+            raise ValueError(
+                f"counts must be whole numbers, at least 0, not all 0, got {shown(counts)}"
+            )
+        if array.sum(dtype=np.float64) > _MOST_STEPS:  # integers might wrap around
+            raise ValueError(f"a plan has at most {_MOST_STEPS} steps, got {shown(counts)}")
         return cls.from_list(np.repeat(np.arange(len(array)), array), len(array))
 
     @classmethod
@@ -119,9 +125,9 @@ class Plan:
             knots: The sampling grid.
 
         Raises:
-            ValueError: If the bounds rise, or are no numbers.
+            ValueError: If the bounds rise or are no numbers, or the knots are none.
         """
-        bounds = _check_bounds("times", bounds, sign=-1)
+        bounds = _check_bounds("times", bounds, knots, sign=-1)
         time = np.asarray(knots.time[:-1], np.float64)
         return cls.from_list((time[:, None] < bounds - _TOLERANCE).sum(axis=1), len(bounds) + 1)
 
@@ -136,9 +142,9 @@ class Plan:
             knots: The sampling grid.
 
         Raises:
-            ValueError: If the bounds fall, or are no numbers.
+            ValueError: If the bounds fall or are no numbers, or the knots are none.
         """
-        bounds = _check_bounds("ratios", bounds, sign=1)
+        bounds = _check_bounds("ratios", bounds, knots, sign=1)
         alpha, sigma = (np.asarray(leaf[:-1], np.float64) for leaf in (knots.alpha, knots.sigma))
         snr = np.square(alpha / sigma)
         above = snr[:, None] > bounds * (1 + _TOLERANCE)
@@ -154,11 +160,12 @@ class Plan:
         >>> Plan.from_switches([20], steps=50).describe(["small", "large"])
         'small x 20, large x 30'
         """
-        array, steps = np.asarray(switches), _check_steps(steps)
+        array, steps = as_array(switches), _check_steps(steps)
         whole = array.ndim == 1 and array.size and np.issubdtype(array.dtype, np.integer)
         if not whole or (np.diff([0, *array, steps]) < 0).any():
             raise ValueError(
-                f"switches must be whole numbers that do not fall, 0 to {steps}, got {switches!r}"
+                f"switches must be whole numbers that do not fall, 0 to {steps}, "
+                f"got {shown(switches)}"
             )
         return cls.from_counts(np.diff([0, *array, steps]))
 
@@ -185,10 +192,10 @@ class Plan:
         Raises:
             ValueError: If a probability is not one, or there are no steps.
         """
-        if not (0 <= first <= 1 and 0 <= last <= 1):
-            raise ValueError(f"probabilities must lie between 0 and 1, got {first} and {last}")
+        first = check_number("the first probability", first, low=0, high=1)
+        last = check_number("the last probability", last, low=0, high=1)
         if not _is_whole(seed):
-            raise ValueError(f"the seed must be a whole number, at least 0, got {seed!r}")
+            raise ValueError(f"the seed must be a whole number, at least 0, got {shown(seed)}")
         drawn = np.random.default_rng(seed).random(_check_steps(steps))
         return cls.from_list((drawn >= np.linspace(first, last, steps)).astype(int), 2)
 
@@ -241,7 +248,7 @@ class Plan:
             ValueError: If there are not so many, or none.
         """
         if not _is_whole(count) or not 1 <= count <= self.steps:
-            raise ValueError(f"the last steps must be 1 to {self.steps}, got {count}")
+            raise ValueError(f"the last steps must be 1 to {self.steps}, got {shown(count)}")
         return Plan(self.networks[-count:], self.num_networks)
 
     def counts(self) -> tuple[int, ...]:
@@ -259,8 +266,8 @@ class Plan:
 
         Of more than ``most`` runs it says the number, and how many steps each network takes.
         """
-        if names is not None and len(names) != self.num_networks:
-            raise ValueError(f"{self.num_networks} networks need as many names, got {names!r:.80}")
+        if names is not None and (not is_list(names) or len(names) != self.num_networks):
+            raise ValueError(f"{self.num_networks} networks need as many names, got {shown(names)}")
         runs = self.runs()
         many = most is not None and len(runs) > most
         said = enumerate(self.counts()) if many else runs
@@ -289,16 +296,16 @@ class Plan:
         """
         costs = self._costs(per_step)
         if not costs.min() > 0:
-            raise ValueError(f"costs must be above 0, got {per_step}")
+            raise ValueError(f"costs must be above 0, got {shown(per_step)}")
         return self.steps * float(costs.max()) / self.cost(costs)
 
     def _costs(self, per_step: Sequence[float | int] | np.ndarray) -> np.ndarray:
-        array = np.asarray(per_step)
+        array = as_array(per_step)
         numbers = array.dtype.kind in "iuf" and np.isfinite(array).all()
         if array.shape != (self.num_networks,) or not numbers:
             raise ValueError(
                 f"{self.num_networks} networks need as many costs, finite numbers, "
-                f"got {per_step!r:.80}"
+                f"got {shown(per_step)}"
             )
         return array.astype(np.float64)
 
@@ -323,7 +330,7 @@ class Plan:
             raise ValueError(f"a plan is JSON such as {_EXAMPLE}, but {error}") from None
         number, runs = (data.get(k) for k in ("num_networks", "runs")) if _is_plan(data) else (0, 0)
         if not _is_whole(number) or not isinstance(runs, list) or not all(map(_is_run, runs)):
-            raise ValueError(f"a plan is JSON such as {_EXAMPLE}, got {text!r:.80}")
+            raise ValueError(f"a plan is JSON such as {_EXAMPLE}, got {shown(text)}")
         steps = sum(run[1] for run in runs)
         if steps > _MOST_STEPS:
             raise ValueError(f"a plan has at most {_MOST_STEPS} steps, got {steps}")
@@ -334,17 +341,14 @@ class Plan:
         """Writes the JSON to a file, whole or not at all.
 
         Raises:
+            ValueError: If the path names no file.
             OSError: If the file cannot be written.
         """
         file = Path(path)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(self.to_json() + "\n")
-            os.replace(temporary, file)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write {file}: {error.strerror}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        if not file.name:
+            raise ValueError(f"path must name a file to write the plan to, got {shown(path)}")
+        with whole_file(file) as stream:
+            stream.write((self.to_json() + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -394,31 +398,30 @@ def _places(knots: Knots, schedule: Schedule) -> tuple[np.ndarray, int]:
 
 
 def _check_steps(steps: int) -> int:
-    if not _is_whole(steps) or steps < 1:
-        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
+    if not _is_whole(steps) or not 1 <= steps <= _MOST_STEPS:
+        raise ValueError(
+            f"steps must be a whole number, at least 1, at most {_MOST_STEPS}, got {shown(steps)}"
+        )
     return int(steps)
 
 
 def _check_fraction(fraction: float) -> float:
-    try:
-        number = float(fraction)
-    except (TypeError, ValueError):
-        number = np.nan
-    if isinstance(fraction, str) or not 0 <= number <= 1:
-        raise ValueError(
-            f"the first network's fraction must lie between 0 and 1, got {fraction!r:.80}"
-        )
-    return number
+    return check_number("the first network's fraction", fraction, low=0, high=1)
 
 
-def _check_bounds(what: str, bounds: Sequence[float | int] | np.ndarray, sign: int) -> np.ndarray:
-    array = np.asarray(bounds)
+def _check_bounds(
+    what: str, bounds: Sequence[float | int] | np.ndarray, knots: Knots, sign: int
+) -> np.ndarray:
+    if not isinstance(knots, Knots):
+        raise ValueError(f"a plan by {what} needs the knots, got {shown(knots)}")
+    array = as_array(bounds)
     if array.ndim != 1 or array.dtype.kind not in "iuf" or np.isnan(array).any():
-        raise ValueError(f"the {what} to switch at must be a list of numbers, got {bounds!r:.80}")
+        raise ValueError(f"the {what} to switch at must be a list of numbers, got {shown(bounds)}")
+    array = array.astype(np.float64)
     if (np.diff(array) * sign < 0).any():
         order = "fall" if sign > 0 else "rise"
-        raise ValueError(f"the {what} to switch at must not {order}, got {bounds!r:.80}")
-    return array.astype(np.float64)
+        raise ValueError(f"the {what} to switch at must not {order}, got {shown(bounds)}")
+    return array
 
 
 def check_fractions(
@@ -429,18 +432,15 @@ def check_fractions(
     Raises:
         ValueError: Unless there are ``num_networks`` of them, at least 0, summing to 1.
     """
-    try:
-        if isinstance(fractions, str):
-            raise TypeError
-        fractions = [float(f) for f in fractions]
-    except (TypeError, ValueError):
-        raise ValueError(f"fractions must be a list of numbers, got {fractions!r}") from None
-    shown = f"got {', '.join(format(f, 'g') for f in fractions) or 'none'}"
+    if not is_list(fractions):
+        raise ValueError(f"fractions must be a list of numbers, got {shown(fractions)}")
+    fractions = [check_number("fractions", f) for f in fractions]
+    said = f"got {', '.join(format(f, 'g') for f in fractions) or 'none'}"
     if not fractions or (num_networks is not None and len(fractions) != num_networks):
         expected = f"{num_networks} networks need {num_networks}" if num_networks else "give some"
-        raise ValueError(f"{expected} fractions, {shown}")
+        raise ValueError(f"{expected} fractions, {said}")
     if not all(0 <= f <= 1 for f in fractions):
-        raise ValueError(f"fractions must lie between 0 and 1, {shown}")
+        raise ValueError(f"fractions must lie between 0 and 1, {said}")
     if abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"fractions must sum to 1, {shown} (sum {sum(fractions):g})")
+        raise ValueError(f"fractions must sum to 1, {said} (sum {sum(fractions):g})")
     return fractions

@@ -5,17 +5,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import numpy as np
 
+from tstitch_jax.checks import as_array, shown
 from tstitch_jax.types import Knots, Schedule
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """The error for a name that is not among ``known``; it says the near ones."""
-    known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    known, text = sorted(known), name if isinstance(name, str) else shown(name)
+    near = difflib.get_close_matches(text, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
-    return ValueError(f"unknown {kind} {name!r}; {hint}")
+    return ValueError(f"unknown {kind} {shown(name)}; {hint}")
+
+
+def check_name(kind: str, name: object, known: Iterable[str]) -> None:
+    """Raises ValueError unless the name is among ``known``."""
+    if not isinstance(name, str) or name not in known:
+        raise unknown(kind, name, known)
 
 
 def _linear(t: int, betas: Sequence[float]) -> np.ndarray:
@@ -39,12 +47,15 @@ ALPHA_BARS = {"linear": _linear, "scaled_linear": _scaled_linear, "cosine": _cos
 BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 """First and last beta of 1000, as published; the latter are Stable Diffusion's."""
 
+_TIMES = 21, 2**20
+"""The least T, below which a linear beta would pass 1, and the most, as arrays of it are made."""
+
 
 def make_schedule(
     name: str,
     num_train_steps: int = 1000,
     zero_snr: bool = False,
-    betas: Sequence[float] | None = None,
+    betas: Sequence[float] | np.ndarray | jax.Array | None = None,
 ) -> Schedule:
     """The forward process of a name.
 
@@ -52,40 +63,39 @@ def make_schedule(
         name: ``"linear"``, ``"scaled_linear"`` or ``"cosine"`` (variance preserving:
             ``alpha^2 + sigma^2 = 1``, network times 0 .. T-1), or ``"flow"`` (rectified flow:
             ``alpha = 1 - t``, ``sigma = t``, network times in (0, 1]; Liu et al. 2022).
-        num_train_steps: T, the number of training times.
+        num_train_steps: T, the number of training times, 21 to 2^20.
         zero_snr: Whether alpha is shifted and scaled so that the last time is pure noise, the
             first one staying as it is (Lin et al. 2024, arXiv:2305.08891, algorithm 1).
         betas: First and last beta of ``"linear"`` or ``"scaled_linear"``, as of 1000 training
             times, at most 0.02; those of ``BETAS`` unless given.
 
     Raises:
-        ValueError: If the name is unknown, T is below 21, where a linear beta would pass 1, a
-            flow, which ends in pure noise anyway, is asked for ``zero_snr``, or the betas are not
-            as said.
+        ValueError: If the name is unknown, T or the betas are not as said, or a flow, which ends
+            in pure noise anyway, is asked for ``zero_snr``.
 
     >>> round(float(make_schedule("linear").alpha[0] ** 2), 6)
     0.9999
     """
+    check_name("schedule", name, [*ALPHA_BARS, "flow"])
     if isinstance(num_train_steps, bool) or not isinstance(num_train_steps, int | np.integer):
-        raise ValueError(f"num_train_steps must be a whole number, got {num_train_steps!r}")
-    if num_train_steps < 21:
-        raise ValueError(f"num_train_steps must be at least 21, got {num_train_steps}")
+        raise ValueError(f"num_train_steps must be a whole number, got {shown(num_train_steps)}")
+    least, most = _TIMES
+    if not least <= num_train_steps <= most:
+        raise ValueError(f"num_train_steps must be {least} to {most}, got {shown(num_train_steps)}")
+    numbers = as_array(BETAS.get(name, ()) if betas is None else betas)
     if betas is not None:
-        numbers = np.asarray(betas)
         fits = numbers.shape == (2,) and numbers.dtype.kind == "f"
         if name not in BETAS or not fits or not 0 < numbers[0] <= numbers[1] <= 0.02:
             raise ValueError(
                 "betas are a first and a last one that rise, above 0, at most 0.02, of the "
-                f"schedules {' and '.join(BETAS)}, got {betas!r:.60} for {name!r}"
+                f"schedules {' and '.join(BETAS)}, got {shown(betas)} for {name!r}"
             )
     if name == "flow":
         if zero_snr:
             raise ValueError("zero_snr rescales alpha, but the schedule 'flow' ends at 0 already")
         t = np.arange(1, num_train_steps + 1) / num_train_steps
         return Schedule(name, t, 1 - t, t)
-    if name not in ALPHA_BARS:
-        raise unknown("schedule", name, [*ALPHA_BARS, "flow"])
-    alpha_bar = ALPHA_BARS[name](num_train_steps, betas or BETAS.get(name, ()))
+    alpha_bar = ALPHA_BARS[name](num_train_steps, numbers.tolist())
     alpha = np.sqrt(alpha_bar)
     if zero_snr:
         alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
@@ -109,21 +119,21 @@ def respace(num_train_steps: int, steps: int | str | np.integer) -> np.ndarray:
     >>> respace(1000, 5)
     array([  0, 250, 500, 749, 999])
     """
-    text = str(steps).strip()
-    strided = text.startswith("ddim")
     try:
+        text = str(steps).strip()
         counts = [int(part) for part in text.removeprefix("ddim").split(",")]
     except ValueError:
         raise ValueError(
-            f"steps must be a number like 50, sections like '10,10,20' or 'ddim50', got {steps!r}"
+            "steps must be a number like 50, sections like '10,10,20' or 'ddim50', got "
+            + shown(steps)
         ) from None
     if min(counts) < 1:
-        raise ValueError(f"steps must be at least 1, got {steps!r}")
+        raise ValueError(f"steps must be at least 1, got {shown(steps)}")
     if sum(counts) > num_train_steps:
         raise ValueError(
-            f"steps must be at most the {num_train_steps} training times, got {steps!r}"
+            f"steps must be at most the {num_train_steps} training times, got {shown(steps)}"
         )
-    if strided:
+    if text.startswith("ddim"):
         for stride in range(1, num_train_steps + 1):
             kept = np.arange(0, num_train_steps, stride)
             if [len(kept)] == counts:
@@ -138,7 +148,9 @@ def respace(num_train_steps: int, steps: int | str | np.integer) -> np.ndarray:
     for i, count in enumerate(counts):
         size = num_train_steps // len(counts) + (i < num_train_steps % len(counts))
         if count > size:
-            raise ValueError(f"section {i + 1} of {steps!r} holds {size} times, asked for {count}")
+            raise ValueError(
+                f"section {i + 1} of {shown(steps)} holds {size} times, asked for {count}"
+            )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Half rounds to even; each time is start + i * stride, summed as the published tables are.
         position = 0.0
@@ -186,15 +198,23 @@ SPACINGS = ("respaced", *_PLACES, *_LEVELS)
 """Names of the ways to spread N steps over the training times; see ``make_knots``."""
 
 
+def _number(steps: int | str | np.integer) -> int | None:
+    """A plain number of steps, also as text; None of anything else."""
+    try:
+        return int(str(steps))
+    except ValueError:
+        return None
+
+
 def _count(steps: int | str | np.integer, spacing: str, limit: int) -> int:
     """The number of steps of a spacing that takes a plain number."""
-    text = str(steps).strip()
-    if not text.removeprefix("-").isdecimal():
-        raise ValueError(f"spacing {spacing!r} needs a plain number of steps, got {steps!r}")
-    if not 1 <= int(text) <= limit:
-        bound = "at least 1" if int(text) < 1 else f"at most the {limit} training times"
-        raise ValueError(f"steps must be {bound}, got {steps!r}")
-    return int(text)
+    count = _number(steps)
+    if count is None:
+        raise ValueError(f"spacing {spacing!r} needs a plain number of steps, got {shown(steps)}")
+    if not 1 <= count <= limit:
+        bound = "at least 1" if count < 1 else f"at most the {limit} training times"
+        raise ValueError(f"steps must be {bound}, got {shown(steps)}")
+    return count
 
 
 def _angle(schedule: Schedule) -> np.ndarray:
@@ -226,7 +246,7 @@ def _times_at(schedule: Schedule, alpha: np.ndarray, sigma: np.ndarray) -> np.nd
 def _given_times(schedule: Schedule, times: np.ndarray) -> np.ndarray:
     """A list of times from a user."""
     if not times.size or times.dtype.kind not in "iuf":
-        raise ValueError(f"times must be a list of numbers, got {times!r:.80}")
+        raise ValueError(f"times must be a list of numbers, got {shown(times)}")
     times = times.astype(np.float64)
     last = 1 if schedule.name == "flow" else schedule.num_train_steps - 1
     low = times > 0 if schedule.name == "flow" else times >= 0
@@ -258,7 +278,7 @@ def _grid(time: np.ndarray, alpha: np.ndarray, sigma: np.ndarray) -> Knots:
 
 def make_knots(
     schedule: Schedule,
-    steps: int | str | Sequence[float | int] | np.ndarray,
+    steps: int | str | Sequence[float | int] | np.ndarray | jax.Array,
     spacing: str = "respaced",
 ) -> Knots:
     """The sampling grid: so many points of noise, and the clean end; cast once to float32.
@@ -285,22 +305,24 @@ def make_knots(
         the angle ``atan(sigma / alpha)``, linear in time.
 
     Raises:
-        ValueError: If the spacing is unknown or takes no such steps, the times do not fall, or
-            the noise level of the schedule is infinite where the spacing needs it.
+        ValueError: If the schedule is none, the spacing is unknown or takes no such steps, the
+            times do not fall, or the schedule's noise level is infinite where the spacing needs it.
 
     >>> knots = make_knots(make_schedule("linear"), 4, "trailing")
     >>> [float(t) for t in knots.time]
     [999.0, 749.0, 499.0, 249.0, 0.0]
     """
-    if spacing not in SPACINGS:
-        raise unknown("spacing", spacing, SPACINGS)
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule must be what ts.make_schedule returns, got {shown(schedule)}")
+    check_name("spacing", spacing, SPACINGS)
     total, flow = schedule.num_train_steps, schedule.name == "flow"
     if not isinstance(steps, int | str | np.integer):
-        if not isinstance(steps, Sequence | np.ndarray) or np.ndim(np.asarray(steps)) != 1:
-            raise ValueError(f"steps must be a whole number or a list of times, got {steps!r:.80}")
+        times = as_array(steps)
+        if times.ndim != 1:
+            raise ValueError(f"steps must be a whole number or a list of times, got {shown(steps)}")
         if spacing != "respaced":
             raise ValueError(f"give a list of times or the spacing {spacing!r}, not both")
-        times = _given_times(schedule, np.asarray(steps))
+        times = _given_times(schedule, times)
     elif spacing in _LEVELS:
         count = _count(steps, spacing, total)
         if schedule.alpha[-1] == 0:
@@ -321,7 +343,7 @@ def make_knots(
                 f"after the last of the {total} training times"
             )
         times = (places + 1) / total if flow else places.astype(np.float64)
-    elif flow and str(steps).strip().isdecimal():
+    elif flow and _number(steps) is not None:
         times = np.linspace(1, 0, _count(steps, spacing, total) + 1)[:-1]
     else:
         times = schedule.times[respace(total, steps)[::-1]]
@@ -358,6 +380,6 @@ def last_steps(knots: Knots, count: int) -> Knots:
         ValueError: If there are not so many, or none.
     """
     if not isinstance(count, int | np.integer) or not 1 <= count <= knots.steps:
-        raise ValueError(f"the last steps must be 1 to {knots.steps}, got {count}")
+        raise ValueError(f"the last steps must be 1 to {knots.steps}, got {shown(count)}")
     tail = slice(-count - 1, None)
     return _grid(*(np.asarray(leaf)[tail] for leaf in (knots.time, knots.alpha, knots.sigma)))

@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
-from tstitch_jax.files import whole_file
+from tstitch_jax.files import held_folder, whole_file
 
 SETTINGS, SAMPLES = "settings.json", "samples.npz"
 
@@ -75,34 +74,13 @@ class Shards:
             OSError: If the folder cannot be written.
         """
         file = self.folder / SETTINGS
-        lock = filelock.FileLock(self.folder / ".lock")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
-            if others and not file.exists():
-                raise ValueError(
-                    f"{self.folder} holds other things ({others[0]}) and no {SETTINGS}; "
-                    "choose another folder"
-                )
-            held = lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ValueError(
-                f"another process works on {self.folder}; wait for it, or choose another folder"
-            ) from None
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"{self.folder} is not a folder; choose another place") from None
-        except OSError as error:
-            reason = error.strerror or error
-            raise OSError(error.errno, f"cannot write {self.folder}: {reason}") from error
-        with held:
+        with held_folder(self.folder, SETTINGS):
             if file.exists():
                 self._compare(file)
             else:
                 with whole_file(file) as stream:
                     stream.write((json.dumps(self.settings, indent=1) + "\n").encode())
             (self.folder / "shards").mkdir(exist_ok=True)
-            for left in (*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")):
-                left.unlink(missing_ok=True)
             yield
 
     def _compare(self, file: Path) -> None:

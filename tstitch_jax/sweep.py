@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +26,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tstitch_jax import charts, hub, parallel, pictures, pipeline
-from tstitch_jax.checks import is_list
+from tstitch_jax.checks import MAX_BATCH, check_number, is_list, shown
 from tstitch_jax.conditioning import check_encoders, check_texts
 from tstitch_jax.costs import pareto_front, pass_seconds, passes, timed
 from tstitch_jax.evaluation import METRICS, evaluate, metric_key, metric_name, open_source
-from tstitch_jax.evaluation.request import check_request
+from tstitch_jax.evaluation.request import check_features, check_request
 from tstitch_jax.evaluation.sources import Source
-from tstitch_jax.files import whole_file
+from tstitch_jax.files import held_folder, whole_file
 from tstitch_jax.generation import DEFAULTS, generate
 from tstitch_jax.plan import Plan
 from tstitch_jax.shards import differences
@@ -45,6 +45,9 @@ ROUNDS = 5
 
 OF_TEXTS = ("negative", "text_encoder")
 """Options of a point besides those of ``generation.DEFAULTS``."""
+
+NOISE = 0.02
+"""By what share a time may be longer and count as equal: measured again, it differs by as much."""
 
 LOWER_IS_BETTER = ("fid", "sfid", "fid_infinity", "kid")
 """The measures that are distances; of the others more is better."""
@@ -83,7 +86,7 @@ class SweepConfig:
         metrics: Of ``evaluation.METRICS``; the first is set against time.
         num: Images of each point and seed.
         seeds: Of the images, the same at all points; more may be added later.
-        batch: Images of a device at a time.
+        batch: Images of a device at a time, at most 2^16.
         x_label: What the horizontal axis is.
         dtype: What the networks compute in, ``"float32"`` or ``"bfloat16"``.
         prompts: For networks that are conditioned on texts: image i is of text
@@ -213,39 +216,50 @@ def _name(point: Point) -> str:
 
 def _check(config: SweepConfig) -> None:
     """Raises ValueError for what no network need be loaded to see."""
-
-    def numbers(name: str, values: Any, low: int) -> None:
-        for value in values:
-            if type(value) is not int or not low <= value < 2**32:
-                raise ValueError(
-                    f"{name} must be whole numbers of at least {low}, below 2^32, got {value!r:.80}"
-                )
-
-    numbers("num and batch", (config.num, config.batch), 1)
-    numbers("seeds", config.seeds, 0)
     for name in ("points", "metrics", "seeds"):
-        if not getattr(config, name):
+        if not is_list(getattr(config, name)):
+            raise ValueError(f"{name} must be a list, got {shown(getattr(config, name))}")
+        if not len(getattr(config, name)):
             raise ValueError(f"the sweep has no {name}")
+    for name, values, low, high in (
+        ("num", [config.num], 1, 2**32 - 1),
+        ("batch", [config.batch], 1, MAX_BATCH),
+        ("each seed", config.seeds, 0, 2**32 - 1),
+    ):
+        for value in values:
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(
+                    f"{name} must be a whole number, {low} to {high}, got {shown(value)}"
+                )
+    for name in ("features", "x_label", "reference"):
+        value = getattr(config, name)
+        if not isinstance(value, str) and not (name == "reference" and value is None):
+            raise ValueError(f"{name} must be a text, got {shown(value)}")
+    if wrong := [m for m in config.metrics if not isinstance(m, str) or m not in METRICS]:
+        raise ValueError(f"unknown measure {shown(wrong[0])}; choose from {', '.join(METRICS)}")
     for name in ("metrics", "seeds"):
         if len(set(getattr(config, name))) < len(getattr(config, name)):
             raise ValueError(f"{name} must differ, got {list(getattr(config, name))}")
-    if wrong := [metric for metric in config.metrics if metric not in METRICS]:
-        raise ValueError(f"unknown measure {wrong[0]!r}; choose from {', '.join(METRICS)}")
     if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, got {config.dtype!r}")
+        raise ValueError(f"dtype must be float32 or bfloat16, got {shown(config.dtype)}")
     if config.prompts is not None:
         check_texts("prompts", config.prompts)
     names: dict[str, Point] = {}
     for point in config.points:
         if not isinstance(point, Point):
-            raise ValueError(f"points must be ts.Point, got {point!r:.80}")
-        number = isinstance(point.x, int | float) and math.isfinite(point.x)
-        if not number and not isinstance(point.x, str):
+            raise ValueError(f"points must be ts.Point, got {shown(point)}")
+        if not isinstance(point.series, str):
+            raise ValueError(f"the series of a point must be a name, got {shown(point.series)}")
+        if not isinstance(point.x, int | float | str):
             raise ValueError(f"{_where(point)}: x must be a finite number or a name")
+        if not isinstance(point.x, str):
+            check_number(f"x of a point of {point.series!r}", point.x, " or a name")
         if isinstance(point.x, str) != isinstance(config.points[0].x, str):
             raise ValueError(f"{_where(point)}: x must be numbers at all points, or names at all")
-        if isinstance(point.networks, str) or not point.networks:
+        if not is_list(point.networks) or not len(point.networks):
             raise ValueError(f"{_where(point)}: networks must be a list of names")
+        if not isinstance(point.options, dict):
+            raise ValueError(f"{_where(point)}: options must be a dict")
         other = names.setdefault(_name(point), point)
         if other is not point:
             raise ValueError(f"{_where(point)} and {_where(other)} have one name, {_name(point)}")
@@ -339,13 +353,14 @@ def _open(config: SweepConfig, mesh: Mesh | None) -> _Job:
     """Checks a sweep and loads what it works with; nothing is computed, and nothing written."""
     _check(config)
     reference = None if config.reference is None else open_source(config.reference)
+    features = hub.load(config.features, mesh=mesh)
+    check_features(features)
     loaded, ways = {}, []
     for point in config.points:
         try:
             ways.append(_open_way(config, point, mesh, loaded))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{_where(point)}: {error}") from None
-    features = hub.load(config.features, mesh=mesh)
     for way in ways:
         height, width, _ = jax.eval_shape(way.request.function, way.request.inputs).shape[1:]
         classes = None if way.texts else way.networks[-1].card.num_classes
@@ -436,19 +451,7 @@ def _opened(out: Path, settings: dict[str, Any]) -> Iterator[None]:
         OSError: If it cannot be written.
     """
     file = out / SETTINGS
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        others = [p.name for p in out.iterdir() if not p.name.startswith(".")]
-        if others and not file.exists():
-            raise ValueError(f"{out} holds other things ({others[0]}); choose another folder")
-        held = filelock.FileLock(out / ".lock").acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"another process works on {out}; wait for it") from None
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"{out} is not a folder; choose another place") from None
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {out}: {error.strerror or error}") from error
-    with held:
+    with held_folder(out, SETTINGS):
         old = _read(file) if file.exists() else settings
         if not isinstance(old, dict) or not old.keys() == settings.keys():
             raise ValueError(f"{file} is damaged; choose another folder")
@@ -460,8 +463,6 @@ def _opened(out: Path, settings: dict[str, Any]) -> Iterator[None]:
                 f"{out} holds a sweep of other settings: {'; '.join(said)}; choose another folder"
             )
         _write(file, settings | {"points": old["points"] | settings["points"]})
-        for left in (*out.glob(".*.tmp"), *out.glob("*/.*.tmp")):
-            left.unlink(missing_ok=True)
         yield
 
 
@@ -571,6 +572,22 @@ class _Row(NamedTuple):
     front: bool
 
 
+def _on_front(
+    seconds: Sequence[float | int], values: Sequence[float | int], *, lower_is_better: bool
+) -> list[bool]:
+    """``pareto_front``, less the points that are quicker than its next one by noise alone.
+
+    >>> _on_front([1, 1.01, 2, 3], [9, 4, 5, 3], lower_is_better=True)
+    [False, True, False, True]
+    """
+    front = pareto_front(seconds, values, lower_is_better=lower_is_better)
+    kept: list[float | int] = []
+    for time in sorted(set(itertools.compress(seconds, front)), reverse=True):
+        if not kept or time * (1 + NOISE) < kept[-1]:
+            kept.append(time)
+    return [on and time in kept for on, time in zip(front, seconds, strict=True)]
+
+
 def _collect(job: _Job, out: Path, times: dict[str, list[float]]) -> list[_Row]:
     keys = [metric_key(metric, job.features.card.name) for metric in job.config.metrics]
     found = []
@@ -580,7 +597,7 @@ def _collect(job: _Job, out: Path, times: dict[str, list[float]]) -> list[_Row]:
         deviation = values.std(axis=0, ddof=1) if len(files) > 1 else np.zeros(len(keys))
         found.append((way, values.mean(axis=0).tolist(), deviation.tolist()))
     seconds = [statistics.median(times[way.name]) for way in job.ways]
-    front = pareto_front(
+    front = _on_front(
         seconds, [means[0] for _, means, _ in found],
         lower_is_better=job.config.metrics[0] in LOWER_IS_BETTER,
     )  # fmt: skip
@@ -622,9 +639,8 @@ def _write_charts(job: _Job, rows: Sequence[_Row], out: Path) -> None:
     for own in series.values():
         if not isinstance(config.points[0].x, str):
             own.sort(key=lambda row: float(row.way.point.x))
-    num = f"{config.num} images"
-    if len(config.seeds) > 1:
-        num += f", {len(config.seeds)} seeds"
+    seeds = f"{len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
+    num = f"{config.num} images, {seeds}"
 
     def names(metric: str) -> tuple[str, str, str]:
         """A measure, what a title says below it, and what an axis says of it."""

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from tstitch_jax.checks import printable
 from tstitch_jax.cli import calibration, evaluation, networks, sampling, sweep
 from tstitch_jax.cli.completion import PrintCompletion
 from tstitch_jax.cli.devices import keep_programs, leave_hosts
-from tstitch_jax.cli.text import number, printable, whole
+from tstitch_jax.cli.text import number, whole
 from tstitch_jax.schedules import unknown
 
 
@@ -150,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(
         "calibrate", calibration.calibrate_command,
         "choose where to switch networks",
-        "tstitch calibrate --networks fashion-s fashion-xl --tolerance 1%",
+        "tstitch calibrate --networks fashion-s fashion-xl --tolerance 0.5%",
         more=", from one short run",
     )  # fmt: skip
     goal = sub.add_mutually_exclusive_group()
@@ -252,6 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(error).split()))
         line = printable(line)
         print(f"tstitch: error: {line}", file=sys.stderr)
+        status = 2
+    except MemoryError as error:
+        print(f"tstitch: error: out of memory: {error}", file=sys.stderr)
         status = 2
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tstitch_jax.checks import printable
 from tstitch_jax.cli.sampling import asked_of, load_networks, options_of
-from tstitch_jax.cli.text import printable, table
+from tstitch_jax.cli.text import table
 
 if TYPE_CHECKING:
     from tstitch_jax.calibration import Calibration, Choice

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tstitch_jax.cli.text import printable, table, whole
+from tstitch_jax.checks import printable
+from tstitch_jax.cli.text import table, whole
 
 if TYPE_CHECKING:
     from tstitch_jax.evaluation import Evaluation

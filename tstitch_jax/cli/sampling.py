@@ -38,12 +38,12 @@ def add_options(
         sub.add_argument(
             "--fractions", nargs="+", type=number, action="append", metavar="F", help=fractions
         )
-    sub.add_argument("--steps", default="50", metavar="N",
+    sub.add_argument("--steps", metavar="N",
                      help="how many, or ddim50, or 10,10,20 (default: 50)")  # fmt: skip
     if plan:
         sub.add_argument("--plan", action="append", metavar="FILE", help=plan)
     sub.add_argument("--times", nargs="+", type=number, metavar="T",
-                     help="the falling times themselves, for --steps")  # fmt: skip
+                     help="the falling times themselves, not --steps")  # fmt: skip
     sub.add_argument("--spacing", default="respaced", metavar="NAME",
                      help="respaced (default), leading, trailing, karras, ...")  # fmt: skip
     sub.add_argument("--solver", default="ddim", metavar="NAME",
@@ -172,7 +172,9 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     same = ("spacing", "solver", "eta", "cfg_scale", "cfg_channels", "cfg_rescale", "cfg_interval",
             "auto_scale", "size")  # fmt: skip
     options = {name: getattr(arguments, name) for name in same if hasattr(arguments, name)}
-    return options | {"steps": arguments.times or arguments.steps}
+    if arguments.times and arguments.steps:
+        raise ValueError("give --steps or --times, not both")
+    return options | {"steps": arguments.times or arguments.steps or "50"}
 
 
 def _one_plan(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,11 +20,6 @@ def count(value: float) -> str:
     return f"{value:.3g}T"
 
 
-def printable(text: str) -> str:
-    """One line without control sequences, which names out of a file may hold."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * w for w in widths], *rows]

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tstitch_jax import pictures
+from tstitch_jax.checks import printable, shown
 from tstitch_jax.evaluation.clip_score import ClipScore, embed_texts
 from tstitch_jax.evaluation.features import (
     BLOCK,
@@ -72,8 +73,9 @@ def _measure(
     result = _Measured(source, 0, "", Moments(), Moments(), InceptionScore(), [], 0, fit)
     card = extract.network.card
     digest = hashlib.sha256(f"{source.shape}".encode())
-    name = "".join(c if c.isprintable() else "?" for c in source.name[-30:])
-    with tqdm(total=num, unit="img", desc=name, disable=not progress) as bar:
+    with tqdm(
+        total=num, unit="img", desc=printable(source.name[-30:]), disable=not progress
+    ) as bar:
         for block in ahead(_first(source.read(extract.block), num)):
             pixels = fit_channels(block, card.image_shape[2], source.name)
             digest.update(np.ascontiguousarray(pixels).data)
@@ -343,7 +345,7 @@ def evaluate(
         OSError: If a file cannot be written.
     """
     if type(batch) is not int or batch < 1:
-        raise ValueError(f"batch must be a whole number of at least 1, got {batch!r}")
+        raise ValueError(f"batch must be a whole number of at least 1, got {shown(batch)}")
 
     def opened(spec: Any, role: str) -> Source:
         if isinstance(spec, np.ndarray):

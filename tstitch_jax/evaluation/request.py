@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from tstitch_jax.checks import is_list, shown
 from tstitch_jax.evaluation.features import check_images
 from tstitch_jax.evaluation.report import METRICS
 from tstitch_jax.evaluation.sources import Source
@@ -104,6 +106,14 @@ def _check_statistics(reference: Source, network: FeatureNetwork, shapes: Featur
             )
 
 
+def check_features(network: Any) -> None:
+    """Raises ValueError unless it is a feature network."""
+    if not isinstance(network, FeatureNetwork):
+        raise ValueError(
+            'features must be a feature network such as ts.load("inception"), got ' + shown(network)
+        )
+
+
 def check_request(
     samples: Source, reference: Source | None, network: FeatureNetwork,
     metrics: Sequence[str] | None, num: int | None, prompts: Sequence[str] | None = None,
@@ -120,22 +130,20 @@ def check_request(
     Raises:
         ValueError: If a set does not suit the network, or a measure cannot be had.
     """
-    if not isinstance(network, FeatureNetwork):
-        raise ValueError(
-            f'features must be a feature network such as ts.load("inception"), got {network!r:.60}'
-        )
+    check_features(network)
     if not samples.count:
         raise ValueError(f"{samples.name} has statistics only; the samples must be images")
     if num is not None and (type(num) is not int or num < 1):
-        raise ValueError(f"num must be a whole number of at least 1, got {num!r}")
+        raise ValueError(f"num must be a whole number of at least 1, got {shown(num)}")
     if num is not None and num > samples.count:
         raise ValueError(f"{samples.name} has {samples.count} images, fewer than the {num} wanted")
-    if prompts is not None and (isinstance(prompts, str) or len(prompts) != samples.count):
-        shown = repr(prompts)[:60] if isinstance(prompts, str) else len(prompts)
+    if prompts is not None and (not is_list(prompts) or len(prompts) != samples.count):
         raise ValueError(
             f"prompts must be one for each of the {samples.count} images of {samples.name}, in "
-            f"their order, got {shown}"
+            f"their order, got {len(prompts) if is_list(prompts) else shown(prompts)}"
         )
+    if metrics is not None and not is_list(metrics):
+        raise ValueError(f"metrics must be a list of measures, got {shown(metrics)}")
     num = samples.count if num is None else num
     sets = [(samples.name, num)]
     if reference is not None and reference.count:
@@ -156,9 +164,9 @@ def check_request(
             for name, count in sets
             if count < least
         ]
-    for metric in metrics or ():
+    for metric in () if metrics is None else metrics:
         if metric not in METRICS:
-            raise ValueError(f"unknown measure {metric!r}; choose from {', '.join(METRICS)}")
+            raise ValueError(f"unknown measure {shown(metric)}; choose from {', '.join(METRICS)}")
         if lacks[metric]:
             raise ValueError(f"{metric} cannot be measured: {lacks[metric][0]}")
     if prompts is not None and lacks["clip_score"]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tstitch_jax.checks import as_array, shown
 from tstitch_jax.records import open_records
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -90,11 +91,11 @@ def from_array(name: str, images: np.ndarray, labels: np.ndarray | None = None) 
     Raises:
         ValueError: If they are something else.
     """
-    images = np.asarray(images)
+    images = as_array(images)
     _check_array(name, images.shape, images.dtype)
     images = images[..., None] if images.ndim == 3 else images
     if labels is not None:
-        labels = np.asarray(labels)
+        labels = as_array(labels)
         _check_labels(f"labels of {name}", labels, len(images))
 
     def read(size: int) -> Iterator[np.ndarray]:
@@ -372,6 +373,8 @@ def open_source(spec: str | os.PathLike[str], *, skip_broken: bool = False) -> S
     Raises:
         ValueError: If there is no such set, it is empty, or it holds something else.
     """
+    if not isinstance(spec, str | os.PathLike):
+        raise ValueError(f"images must be a path, tfds:NAME or a NumPy array, got {shown(spec)}")
     text = os.fspath(spec)
     if text.startswith("tfds:"):
         name, _, split = text.removeprefix("tfds:").partition(":")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 
-from tstitch_jax.schedules import unknown
+from tstitch_jax.schedules import check_name
 from tstitch_jax.solvers.ddim import ddim
 from tstitch_jax.solvers.ddpm import ddpm
 from tstitch_jax.solvers.dpmpp import dpmpp, dpmpp_sde
@@ -48,8 +48,7 @@ def make_solver(name: str, *, eta: float | jax.Array | None = None) -> Solver:
     Raises:
         ValueError: If the name is unknown, or eta is given to a solver that has none.
     """
-    if not isinstance(name, str) or name not in SOLVERS:
-        raise unknown("solver", name, SOLVERS)
+    check_name("solver", name, SOLVERS)
     if name in ("ddim", "euler_ancestral"):
         return SOLVERS[name]() if eta is None else SOLVERS[name](eta)
     if not (eta is None or (isinstance(eta, int | float) and eta == 0)):

@@ -10,26 +10,34 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from tstitch_jax.checks import shown
 from tstitch_jax.types import Knots, Prediction, Solver, State
 
 F = TypeVar("F", bound=Callable)
 
 
 def cached(make: F) -> F:
-    """Equal arguments, however given, give the same solver, which jit then knows again."""
+    """Equal arguments, however given, give the same solver, which jit then knows again.
+
+    NumPy's numbers are given on as Python's.
+    """
     signature, kept = inspect.signature(make), functools.lru_cache(256, typed=True)(make)
 
     @functools.wraps(make)
     def find(*arguments: Any, **options: Any) -> Solver:
         bound = signature.bind(*arguments, **options)
         bound.apply_defaults()
+        for key, value in bound.arguments.items():
+            if isinstance(value, np.generic):
+                bound.arguments[key] = value.item()
         try:
             return kept(*bound.args, **bound.kwargs)
         except TypeError as error:
             if "unhashable" not in str(error):
                 raise
-            raise ValueError(f"{make.__name__} cannot take {bound.arguments}") from None
+            raise ValueError(f"{make.__name__} cannot take {shown(bound.arguments)}") from None
 
     return find  # pyright: ignore[reportReturnType]
 
@@ -38,23 +46,9 @@ def check_order(name: str, order: int, known: Sequence[int]) -> None:
     """Raises ValueError unless ``order`` is one of the whole numbers ``known``."""
     if type(order) is not int or order not in known:
         *most, last = known
-        raise ValueError(f"{name} has order {', '.join(map(str, most))} or {last}, got {order!r}")
-
-
-def number(name: str, value: Any, low: float | int, high: float | int = math.inf) -> float:
-    """A finite number from ``low`` to ``high``.
-
-    Raises:
-        ValueError: If the value is not one.
-    """
-    try:
-        result = float(value)
-    except (TypeError, ValueError):
-        result = math.nan
-    if not low <= result <= high or result == math.inf:
-        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise ValueError(f"{name} must be {bounds}, got {value!r:.80}")
-    return result
+        raise ValueError(
+            f"{name} has order {', '.join(map(str, most))} or {last}, got {shown(order)}"
+        )
 
 
 def root(value: jax.Array) -> jax.Array:

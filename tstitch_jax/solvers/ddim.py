@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.solvers.common import cached, euler_step, no_state, number, root
+from tstitch_jax.checks import check_number
+from tstitch_jax.solvers.common import cached, euler_step, no_state, root
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 
@@ -26,7 +27,7 @@ def ddim(eta: float | np.floating | jax.Array = 0.0) -> Solver:
     """
     if isinstance(eta, jax.Array):  # traced, most often
         return _ddim(eta)
-    return _numbered(number("eta", eta, 0, 1))
+    return _numbered(check_number("eta", eta, low=0, high=1))
 
 
 def _ddim(eta: float | jax.Array) -> Solver:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.schedules import unknown
+from tstitch_jax.schedules import check_name
 from tstitch_jax.solvers.common import cached, no_state, root
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
@@ -35,8 +35,7 @@ def ddpm(variance: str = "auto") -> Solver:
         ValueError: If the variance is unknown; in the step, if it is ``"learned"`` and the denoiser
             has none.
     """
-    if variance not in VARIANCES:
-        raise unknown("variance", variance, VARIANCES)
+    check_name("variance", variance, VARIANCES)
 
     def step(
         denoise: Denoise,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.solvers.common import cached, no_state, number
+from tstitch_jax.checks import check_number
+from tstitch_jax.solvers.common import cached, no_state
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 
@@ -30,8 +31,8 @@ def lcm(sigma_data: float = 0.5, time_scale: float = 10.0) -> Solver:
         ValueError: If one of them is not a positive number.
     """
     sigma_data, time_scale = (
-        number("sigma_data", sigma_data, 1e-9),
-        number("time_scale", time_scale, 1e-9),
+        check_number("sigma_data", sigma_data, low=1e-9),
+        check_number("time_scale", time_scale, low=1e-9),
     )
 
     def step(

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tstitch_jax.schedules import unknown
-from tstitch_jax.solvers.common import cached, no_state, number, root
+from tstitch_jax.checks import check_number
+from tstitch_jax.schedules import check_name
+from tstitch_jax.solvers.common import cached, no_state, root
 from tstitch_jax.types import Denoise, Knots, Solver, State
 
 DIFFUSIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -44,9 +45,8 @@ def sde(diffusion: str = "sigma", scale: float = 1.0) -> Solver:
     Raises:
         ValueError: If the form is unknown or the scale is negative.
     """
-    if diffusion not in DIFFUSIONS:
-        raise unknown("diffusion", diffusion, DIFFUSIONS)
-    scale = number("the scale of the diffusion", scale, 0)
+    check_name("diffusion", diffusion, DIFFUSIONS)
+    scale = check_number("the scale of the diffusion", scale, low=0)
 
     def step(
         denoise: Denoise,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ from tstitch_jax import hub
 from tstitch_jax.checkpoint import (
     check_card,
     check_classes,
+    check_place,
     make_feature_network,
     make_network,
     module_of,
     save,
 )
+from tstitch_jax.files import held_folder, whole_file
 from tstitch_jax.networks import init_params
 from tstitch_jax.training.classification import accuracy, make_classifier_loss
 from tstitch_jax.training.data import (
@@ -109,12 +114,16 @@ class ClassifierConfig(BaseConfig):
 
 Config = TrainConfig | ClassifierConfig
 
+SETTINGS = "settings.json"
+
 
 def _check(config: Config) -> None:
     """Raises ValueError for what would fail, or silently train something else, later on."""
     kind = FeatureCard if isinstance(config, ClassifierConfig) else Card
     if not isinstance(config.card, kind):
         raise ValueError(f"card must be a {kind.__name__}, got {config.card!r}")
+    if not isinstance(config.data, str):
+        raise ValueError(f"data must be text, such as 'tfds:mnist', got {config.data!r:.80}")
     whole = dict(steps=1, batch=1, save_every=1, warmup=0, cooldown=0, seed=0)
     tiny = np.finfo(np.float32).tiny
     numbers = [
@@ -136,7 +145,9 @@ def _check(config: Config) -> None:
     for field, low in whole.items():
         value = getattr(config, field)
         if type(value) is not int or value < low:
-            raise ValueError(f"{field} must be a whole number of at least {low}, got {value!r}")
+            raise ValueError(f"{field} must be a whole number of at least {low}, got {value!r:.80}")
+        if value >= 2**32:
+            raise ValueError(f"{field} must be below 2^32, got {value}")
     for field, low, high in numbers:
         value = getattr(config, field)
         if type(value) not in (int, float) or not low <= value <= high:
@@ -203,6 +214,9 @@ def _keep_settings(config: Config, file: Path, done: int | None) -> None:
         done: Steps done so far, None for a new run.
     """
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    # The folders of generated images and of sweeps have a file of that name, too.
+    if done is None and file.exists() and b'"learning_rate"' not in file.read_bytes():
+        raise ValueError(f"{file} is not that of a training run; take another --out")
     if done is not None:
         try:
             # A setting that did not exist yet had what is now its default.
@@ -226,9 +240,8 @@ def _keep_settings(config: Config, file: Path, done: int | None) -> None:
                 f"{file.parent} has done {done} steps; its {old['steps']} steps can become "
                 f"{config.steps} only before the cooldown, which begins after {end}"
             )
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(temporary, file)
+    with whole_file(file) as stream:
+        stream.write((json.dumps(settings, indent=2) + "\n").encode())
 
 
 def _cut_log(file: Path, step: int) -> None:
@@ -238,10 +251,29 @@ def _cut_log(file: Path, step: int) -> None:
     with file.open(newline="") as stream:
         header, *rows = list(csv.reader(stream)) or [[]]
     kept = [row for row in rows if row and int(row[0]) <= step]
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w", newline="") as stream:
-        csv.writer(stream).writerows([header, *kept])
-    os.replace(temporary, file)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *kept])
+    with whole_file(file) as stream:
+        stream.write(text.getvalue().encode())
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Within it Ctrl-C and SIGTERM only fill the list, for the loop to save first; once each."""
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, _: Any) -> None:
+        came.append(number)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _objective(config: Config) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
@@ -283,6 +315,8 @@ def train(
 ) -> Any:
     """Trains a network, or goes on where an earlier run with the same settings stopped.
 
+    Ctrl-C or SIGTERM stops it after the step under way, which is saved; a second one at once.
+
     Args:
         config: The run.
         out: Its folder: ``settings.json``, ``log.csv``, ``checkpoints/``, previews, and at the end
@@ -297,17 +331,18 @@ def train(
 
     Raises:
         ValueError: If settings and data do not fit, or ``out`` holds a run with other settings.
+        KeyboardInterrupt: If it was asked to stop, and has saved.
     """
     import orbax.checkpoint as ocp
     from tqdm import tqdm
 
     classifies = isinstance(config, ClassifierConfig)
+    _check(config)
     if images is None:
         images = open_images(config.data)
         if classifies:
             with contextlib.suppress(NoSplit):
                 held_out = open_images(config.data, "test")
-    _check(config)
     _check_images(images, config)
     if held_out is not None:
         _check_images(held_out, config)
@@ -325,6 +360,7 @@ def train(
 
     out = Path(out)
     log_file = out / "log.csv"
+    check_place(out / "network")
     begun = any(folder.name.isdigit() for folder in (out / "checkpoints").glob("*"))
     first_params = None if begun else _start(config)
 
@@ -338,9 +374,16 @@ def train(
         return init_params(module, init_key)
 
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((out / "checkpoints").absolute(), options=options) as manager:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(held_folder(out, SETTINGS))
+        if not begun:
+            _keep_settings(config, out / SETTINGS, None)
+        manager = stack.enter_context(
+            ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
+        )
         last = manager.latest_step()
-        _keep_settings(config, out / "settings.json", last)
+        if last is not None:
+            _keep_settings(config, out / SETTINGS, last)
         if last is None:
             state = fresh(new_params() if first_params is None else first_params)
         else:
@@ -360,6 +403,7 @@ def train(
                 desc=config.card.name,
                 smoothing=0.05,
             ) as bar,
+            _asked_to_stop() as stop,
         ):
             log = csv.writer(stream)
             if new_log:
@@ -374,7 +418,8 @@ def train(
                 pending.append([metrics["loss"], metrics["gradient_norm"]])
                 bar.update(config.batch)
                 done = step + 1
-                save_now = done % config.save_every == 0 or done == config.steps
+                due = done % config.save_every == 0 or done == config.steps
+                save_now = due or bool(stop)
                 # Also at a checkpoint, so that a run that goes on from it logs the same means.
                 if done % 50 == 0 or save_now:
                     means = np.asarray(pending, np.float64).mean(axis=0)
@@ -385,15 +430,17 @@ def train(
                             f"The last checkpoint in {out} is whole"
                         )
                     score = ""
-                    if classifies and save_now and held_out is not None:
+                    if classifies and due and held_out is not None:
                         score = f"{accuracy(averaged(state), held_out):.4f}"
                     log.writerow([done, *(f"{v:.6g}" for v in means), *[score] * classifies])
                     bar.set_postfix(loss=f"{means[0]:.4f}")
                 if save_now:
                     stream.flush()
                     manager.save(done, args=ocp.args.StandardSave(state))
-                    if preview is not None:
+                    if due and preview is not None:
                         preview(averaged(state), out / f"preview_{done:06d}.png")
-    network = averaged(state)
-    save(out / "network", network, np.dtype(config.stored_dtype))
+                    if stop:
+                        raise KeyboardInterrupt
+        network = averaged(state)
+        save(out / "network", network, np.dtype(config.stored_dtype))
     return network
