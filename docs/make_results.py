@@ -373,7 +373,7 @@ def draw_three() -> None:
     ]  # fmt: skip
     figure = charts.front(
         lines, [[chosen[str(counts)] for counts, *_ in points] for points in own],
-        title="Frechet distance of 66 plans\nby their multiply-adds",
+        title=f"Frechet distance of 66 plans\n{rows[0][-1]['images']} images, one seed",
         x_label="multiply-adds, over those of fashion-xl alone", y_label="Frechet distance",
         label="steps of fashion-s, -b, -xl",
     )  # fmt: skip
