@@ -166,19 +166,19 @@ def test_training_ends_with_every_image_right(tmp_path):
     seen = []
     network = train(
         make_config(data=str(tmp_path / "data.npz")),
-        tmp_path,
+        tmp_path / "run",
         preview=lambda network, path: seen.append(network.card.name),
         progress=False,
     )
     assert accuracy(network, held_out) == 1
-    rows = log_of(tmp_path)
+    rows = log_of(tmp_path / "run")
     assert [(row["step"], bool(row["accuracy"])) for row in rows] == [
         ("20", True), ("40", True), ("50", False), ("60", True)
     ]  # fmt: skip
     assert float(rows[-1]["accuracy"]) == 1
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     assert seen == 3 * ["corners"]
-    loaded = ts.load(tmp_path / "network")
+    loaded = ts.load(tmp_path / "run" / "network")
     assert loaded.card == network.card
     assert loaded.card.num_params == count_params(loaded.params)
     assert accuracy(loaded, held_out) == 1
