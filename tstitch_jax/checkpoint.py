@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tstitch_jax.checks import shown
 from tstitch_jax.networks import (
     ARCHITECTURES,
     compute_dtypes,
@@ -201,7 +202,7 @@ def _fit(card: C, params: Params, dtype: Any) -> tuple[Any, Params, C]:
         # Always the same object of equal ones, since a module is known again by it.
         dtype = {jnp.dtype(d): d for d in (jnp.float32, jnp.bfloat16)}[jnp.dtype(dtype)]
     except (TypeError, KeyError):
-        raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r:.80}") from None
+        raise ValueError(f"dtype must be float32 or bfloat16, got {shown(dtype)}") from None
     module = module_of(card, dtype)
     check_params(module, params)
     params = jax.tree.map(lambda leaf: _cast(leaf, jnp.float32), params)

@@ -33,8 +33,6 @@ def check_writable(path: Path) -> None:
 def held_folder(folder: Path, marker: str) -> Iterator[None]:
     """Makes a folder, or takes one that has the file ``marker``, for this process alone.
 
-    What a killed process had not finished writing is removed.
-
     Raises:
         ValueError: If there is something else in that place, or another process works on it.
         OSError: If it cannot be written.
@@ -59,9 +57,13 @@ def held_folder(folder: Path, marker: str) -> Iterator[None]:
         reason = error.strerror or error
         raise OSError(error.errno, f"cannot write {folder}: {reason}") from error
     with held:
-        for left in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
-            left.unlink(missing_ok=True)
         yield
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed process had not finished writing there, from a folder that is ours."""
+    for left in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tstitch_jax.files import held_folder, whole_file
+from tstitch_jax.files import held_folder, remove_unfinished, whole_file
 
 SETTINGS, SAMPLES = "settings.json", "samples.npz"
 
@@ -81,6 +81,7 @@ class Shards:
                 with whole_file(file) as stream:
                     stream.write((json.dumps(self.settings, indent=1) + "\n").encode())
             (self.folder / "shards").mkdir(exist_ok=True)
+            remove_unfinished(self.folder)
             yield
 
     def _compare(self, file: Path) -> None:

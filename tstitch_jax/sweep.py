@@ -32,7 +32,7 @@ from tstitch_jax.costs import pareto_front, pass_seconds, passes, timed
 from tstitch_jax.evaluation import METRICS, evaluate, metric_key, metric_name, open_source
 from tstitch_jax.evaluation.request import check_features, check_request
 from tstitch_jax.evaluation.sources import Source
-from tstitch_jax.files import held_folder, whole_file
+from tstitch_jax.files import held_folder, remove_unfinished, whole_file
 from tstitch_jax.generation import DEFAULTS, generate
 from tstitch_jax.plan import Plan
 from tstitch_jax.shards import differences
@@ -463,6 +463,7 @@ def _opened(out: Path, settings: dict[str, Any]) -> Iterator[None]:
                 f"{out} holds a sweep of other settings: {'; '.join(said)}; choose another folder"
             )
         _write(file, settings | {"points": old["points"] | settings["points"]})
+        remove_unfinished(out)
         yield
 
 

@@ -28,7 +28,7 @@ from tstitch_jax.checkpoint import (
     module_of,
     save,
 )
-from tstitch_jax.files import held_folder, whole_file
+from tstitch_jax.files import held_folder, remove_unfinished, whole_file
 from tstitch_jax.networks import init_params
 from tstitch_jax.training.classification import accuracy, make_classifier_loss
 from tstitch_jax.training.data import (
@@ -361,8 +361,9 @@ def train(
     out = Path(out)
     log_file = out / "log.csv"
     check_place(out / "network")
-    begun = any(folder.name.isdigit() for folder in (out / "checkpoints").glob("*"))
-    first_params = None if begun else _start(config)
+    names = [folder.name for folder in (out / "checkpoints").glob("*")]
+    last = max((int(name) for name in names if name.isdigit()), default=None)
+    first_params = _start(config) if last is None else None
 
     def averaged(state: TrainState) -> Any:
         return make(config.card, state.ema)
@@ -376,14 +377,11 @@ def train(
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with contextlib.ExitStack() as stack:
         stack.enter_context(held_folder(out, SETTINGS))
-        if not begun:
-            _keep_settings(config, out / SETTINGS, None)
+        _keep_settings(config, out / SETTINGS, last)
+        remove_unfinished(out)
         manager = stack.enter_context(
             ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
         )
-        last = manager.latest_step()
-        if last is not None:
-            _keep_settings(config, out / SETTINGS, last)
         if last is None:
             state = fresh(new_params() if first_params is None else first_params)
         else:
