@@ -118,33 +118,56 @@ class Attention(nn.Module):
         groups = next((g for g in divisors if logits // g <= LOGITS), self.num_heads)
         size, heads = width // groups, self.num_heads // groups
 
-        # Features come before tokens: heads whose width is no multiple of 128 then need no padding.
-        # TPUs read a part of the kernel where it lies, but copy parts of a product; CPUs the other
-        # way round, and they multiply in bfloat16 only where the product's features come last.
-        def whole(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
-            h = product(x, kernel, (((2,), (0,)), ((), ()))) + bias
-            return jnp.split(h.astype(self.dtype).swapaxes(1, 2), 3 * groups, axis=1)
+        def weigh(logits: Float[Array, "*b n m"]) -> Float[Array, "*b n m"]:
+            # Softmax in float32, whatever the compute dtype.
+            return nn.softmax(logits / math.sqrt(size // heads)).astype(self.dtype)
 
-        def apart(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
-            def project(kernel: jax.Array, bias: jax.Array) -> Float[Array, "b f n"]:
-                h = jnp.einsum("bnd,df->bfn", x, kernel, preferred_element_type=jnp.float32)
-                return (h + bias[:, None]).astype(self.dtype)
+        def multiply(form: str, x: jax.Array, y: jax.Array) -> jax.Array:
+            return jnp.einsum(form, x, y, preferred_element_type=jnp.float32)
+
+        # With features before tokens, heads whose width is no multiple of 128 need no padding. TPUs
+        # read a part of the kernel where it lies, but would copy parts of a product.
+        def features_first(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+            def project(kernel: jax.Array, bias: jax.Array) -> Float[Array, "b h d n"]:
+                h = multiply("bnd,df->bfn", x, kernel) + bias[:, None]
+                return h.astype(self.dtype).reshape(batch, heads, -1, tokens)
+
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> Float[Array, "b f n"]:
+                weights = weigh(multiply("bhdn,bhdm->bhnm", q, k))
+                h = multiply("bhnm,bhdm->bhdn", weights, v)
+                return h.astype(self.dtype).reshape(batch, size, tokens)
 
             parts = jnp.split(kernel, 3 * groups, axis=1), jnp.split(bias, 3 * groups)
-            return [project(*part) for part in zip(*parts, strict=True)]
+            qkv = [project(*part) for part in zip(*parts, strict=True)]
+            h = jnp.concatenate([attend(*qkv[i::groups]) for i in range(groups)], axis=1)
+            return h.swapaxes(1, 2)
 
-        parts = jax.lax.platform_dependent(x, kernel, bias, tpu=apart, default=whole)
+        # CPUs multiply in bfloat16 only matrices as they are written, and of one batch axis. Others
+        # keep the heads apart, over which a mesh spreads them.
+        def tokens_first(
+            x: jax.Array, kernel: jax.Array, bias: jax.Array, axes: tuple[int, ...]
+        ) -> jax.Array:
+            h = (multiply("bnd,df->bnf", x, kernel) + bias).astype(self.dtype)
 
-        def attend(*parts: jax.Array) -> Float[Array, "b f n"]:
-            q, k, v = (part.reshape(batch, heads, size // heads, tokens) for part in parts)
-            logits = jnp.einsum("bhdn,bhdm->bhnm", q, k, preferred_element_type=jnp.float32)
-            # Softmax in float32, whatever the compute dtype.
-            weights = nn.softmax(logits / math.sqrt(size // heads)).astype(self.dtype)
-            h = jnp.einsum("bhnm,bhdm->bhdn", weights, v, preferred_element_type=jnp.float32)
-            return h.astype(self.dtype).reshape(batch, size, tokens)
+            def attend(*parts: jax.Array) -> Float[Array, "b n f"]:
+                q, k, v = (part.reshape(batch, tokens, heads, -1) for part in parts)
+                q, v = (h.swapaxes(1, 2).reshape(*axes, tokens, -1) for h in (q, v))
+                k = k.transpose(0, 2, 3, 1).reshape(*axes, -1, tokens)
+                h = multiply("...nm,...md->...nd", weigh(multiply("...nd,...dm->...nm", q, k)), v)
+                h = h.astype(self.dtype).reshape(batch, heads, tokens, -1)
+                return h.swapaxes(1, 2).reshape(batch, tokens, size)
 
-        h = jnp.concatenate([attend(*parts[i::groups]) for i in range(groups)], axis=1)
-        return h.swapaxes(1, 2)
+            qkv = jnp.split(h, 3 * groups, axis=2)
+            return jnp.concatenate([attend(*qkv[i::groups]) for i in range(groups)], axis=2)
+
+        return jax.lax.platform_dependent(
+            x,
+            kernel,
+            bias,
+            tpu=features_first,
+            cpu=functools.partial(tokens_first, axes=(batch * heads,)),
+            default=functools.partial(tokens_first, axes=(batch, heads)),
+        )
 
 
 class Block(nn.Module):
