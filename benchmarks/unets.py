@@ -1,13 +1,14 @@
 """A step of a U-Net by this library and by diffusers, on the CPU: a guided image of 512 px.
 
     pip install torch diffusers accelerate
-    python benchmarks/unets.py [--rounds 5] [--side 64] [--steps 2]
+    python benchmarks/unets.py [--rounds 3] [--side 64] [--steps 20]
 
 This library's is a step of the stitched sampler of BK-SDM-Tiny and Stable Diffusion 1, one
-executable for both, whose plan is of the one or the other alone; diffusers' is a call of its U-Net
-with the same two rows. Both have random weights of the same shapes, float32, and as many threads as
-there are cores; that they compute the same is tested (``tests/test_unet.py``). Runs alternate,
-each of some steps; figures are medians.
+executable for both, whose plan is of the one or the other alone, and what it computes once before
+the loop is part of it; diffusers' is a call of its U-Net with the same two rows, of which four
+stand for a run. Both have random weights of the same shapes, float32, and as many threads as there
+are cores; that they compute the same is tested (``tests/test_unet.py``). Runs alternate; figures
+are medians.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from tstitch_jax import pipeline
 from tstitch_jax.networks import unet
 
 NAMES = ("bk-sdm-tiny", "sd-1")
+CALLS = 4
+"""Of diffusers' U-Net, which does the same in each."""
 
 
 def theirs(name: str) -> UNet2DConditionModel:
@@ -66,7 +69,7 @@ def main(rounds: int, side: int, steps: int) -> None:
         jax.block_until_ready(request.run())
 
     def their_run(network: UNet2DConditionModel) -> None:
-        for _ in range(steps):
+        for _ in range(CALLS):
             network(latents, 501, torch.tensor(context))
 
     start = time.perf_counter()
@@ -75,13 +78,15 @@ def main(rounds: int, side: int, steps: int) -> None:
     for k, name in enumerate(NAMES):
         network = theirs(name)
         times: list[list[float]] = [[], []]
-        for turn in range(rounds + 1):
-            for own, run, what in zip(times, (ours_run, their_run), (k, network), strict=True):
+        their_run(network)  # warms up
+        for _ in range(rounds):
+            for own, run, what, count in zip(
+                times, (ours_run, their_run), (k, network), (steps, CALLS), strict=True
+            ):
                 time.sleep(0.5)  # until the other's threads are at rest
                 start = time.perf_counter()
                 run(what)
-                if turn:  # the first round warms up
-                    own.append((time.perf_counter() - start) / steps)
+                own.append((time.perf_counter() - start) / count)
         ratio = np.median(np.divide(*times))
         ours, other = map(np.median, times)
         print(
@@ -94,8 +99,8 @@ def main(rounds: int, side: int, steps: int) -> None:
 if __name__ == "__main__":
     assert jnp.zeros(()).device.platform == "cpu", "set JAX_PLATFORMS=cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=64, help="of the latents")
-    parser.add_argument("--steps", type=int, default=2, help="of a run")
+    parser.add_argument("--steps", type=int, default=20, help="of our runs")
     given = parser.parse_args()
     main(given.rounds, given.side, given.steps)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
-from helpers import GOLDEN, relative
+from helpers import GOLDEN, random_params, relative
 from safetensors.numpy import save_file
 from unet_recipe import noise, weight
 
@@ -18,8 +18,10 @@ import tstitch_jax as ts
 from checkpoints_convert import CheckpointError, conversion, convert, rules
 from checkpoints_convert import unet as unet_conversion
 from checkpoints_convert.rules import Tensor
+from tstitch_jax import pipeline
 from tstitch_jax.checkpoint import flatten, make_network, module_of
-from tstitch_jax.networks import compute_dtypes, count_params, param_shapes, unet
+from tstitch_jax.networks import compute_dtypes, convolution, count_params, param_shapes, unet
+from tstitch_jax.types import Card
 
 GIVEN = json.loads((GOLDEN / "unet" / "names.json").read_text())
 LIMIT = 2e-5
@@ -441,3 +443,104 @@ def test_most_of_the_largest_is_held_in_bfloat16(standard_promotion):
     half = [s.size for s, d in zip(*map(jax.tree.leaves, (shapes, dtypes)), strict=True)
             if d == jnp.bfloat16]  # fmt: skip
     assert sum(half) > 0.99 * count_params(shapes)
+
+
+# What a loop computes of the parameters alone
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """Two U-Nets, small as they are with kernels that are computed before a loop."""
+    for name, value in (("CHANNELS", 12), ("ROWS", 0), ("PRECOMPUTED", range(16, 65))):
+        monkeypatch.setattr(convolution, name, value)
+    cards = [
+        Card(
+            name="pre", architecture="unet", target="eps", learned_variance=False,
+            config={"widths": [width], "layers": 1, "heads": [0], "middle_heads": 0, "groups": 4},
+            schedule={"name": "scaled_linear"}, image_shape=(8, 8, 3), num_classes=0,
+            context=(7, 16),
+        )
+        for width in (12, 24)
+    ]  # fmt: skip
+    return [make_network(card, random_params(card)) for card in cards]
+
+
+GUIDED = dict(cfg_scale=2.0, negative=np.zeros((1, 7, 16), np.float32))
+AUTO = dict(cfg_scale=None, auto_scale=2.0)
+
+
+def request_of(pair, fractions, **options):
+    return pipeline.prepare(
+        jax.random.key(0), pair, context=noise("c", 2, 7, 16), fractions=fractions, steps=5,
+        decode=False, **options or GUIDED,
+    )  # fmt: skip
+
+
+def without(request):
+    return dataclasses.replace(request, static=request.static | {"precompute": (None, None)})
+
+
+@pytest.mark.parametrize("fractions", [[0.4, 0.6], [1.0, 0.0], [0.0, 1.0]])
+@pytest.mark.parametrize("options", [GUIDED, AUTO])
+def test_kernels_are_computed_before_the_loop(pair, fractions, options):
+    request = request_of(pair, fractions, **options)
+    expected = without(request).run()
+    assert relative(request.run(), expected) < 1e-6
+    assert relative(request.run(lambda step: None), expected) < 1e-6
+
+
+def kernels_in_the_loop(request):
+    """How many of the sixteen matrices of a kernel the steps compute."""
+    program = jax.make_jaxpr(request.function)(request.inputs).jaxpr
+    loops = [e for e in program.eqns if e.primitive.name == "scan" and e.params["length"] == 5]
+    assert len(loops) == 1
+    return len(re.findall(r"f32\[24,24\] = div", str(loops[0].params["jaxpr"])))
+
+
+def test_no_step_computes_them(pair):
+    request = request_of(pair, [0.4, 0.6])
+    assert kernels_in_the_loop(without(request)) > 0
+    assert kernels_in_the_loop(request) == 0
+
+
+def test_only_those_of_networks_that_take_steps(pair):
+    for fractions, options, expected in (
+        ([0.4, 0.6], {}, [True, True]),
+        ([1.0, 0.0], {}, [True, False]),
+        ([0.0, 1.0], {}, [False, True]),
+        ([0.0, 1.0], AUTO, [True, True]),  # the first guides the second
+    ):
+        request = request_of(pair, fractions, **options)
+        inputs = request.inputs
+        given = pipeline._precomputed(
+            inputs.given, jnp.zeros((2, 8, 8, 3)), inputs.conditions,
+            precompute=request.static["precompute"],
+        )  # fmt: skip
+        forms = [jax.tree.leaves(params.forms) for params in given.params]
+        assert all(forms)
+        assert [bool(jnp.any(own[0] != 0)) for own in forms] == expected
+
+
+@pytest.mark.parametrize(("platform", "many"), [("cpu", True), ("cuda", False)])
+def test_exported_programs_have_them_for_cpus_alone(pair, tmp_path, platform, many):
+    ts.export(
+        tmp_path / "a.npz", pair, context=noise("c", 2, 7, 16), fractions=[0.4, 0.6], steps=5,
+        decode=False, cfg_scale=None, platforms=[platform],
+    )  # fmt: skip
+    with np.load(tmp_path / "a.npz") as saved:
+        program = jax.export.deserialize(bytearray(saved["program"].tobytes())).mlir_module()
+    assert bool(re.search(r"stablehlo\.divide.*tensor<24x24xf32>", program)) == many
+
+
+def test_on_shapes_and_within_jit_there_is_nothing_to_compute(pair):
+    shapes = [dataclasses.replace(n, params=jax.eval_shape(lambda p: p, n.params)) for n in pair]
+    assert request_of(shapes, [0.4, 0.6]).static["precompute"] == (None, None)
+
+    def sampled(params):
+        networks = [dataclasses.replace(n, params=p) for n, p in zip(pair, params, strict=True)]
+        request = request_of(networks, [0.4, 0.6])
+        assert request.static["precompute"] == (None, None)
+        return request.function(request.inputs)
+
+    found = jax.jit(sampled)([network.params for network in pair])
+    assert relative(found, request_of(pair, [0.4, 0.6]).run()) < 1e-6

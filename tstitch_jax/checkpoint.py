@@ -38,6 +38,7 @@ from tstitch_jax.networks import (
     param_shapes,
 )
 from tstitch_jax.networks.autoencoder import at_once
+from tstitch_jax.networks.convolution import FORMS, forms_of
 from tstitch_jax.prediction import as_denoiser, check_target, in_chunks
 from tstitch_jax.schedules import make_schedule, unknown
 from tstitch_jax.tokenizer import make_tokenizer, read_tokenizer
@@ -53,6 +54,7 @@ from tstitch_jax.types import (
     Features,
     Network,
     Params,
+    Precomputed,
     Schedule,
     TextEncoder,
     TextEncoderCard,
@@ -111,9 +113,28 @@ def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
 def _denoiser(module: nn.Module, target: str, learned_variance: bool) -> Denoiser:
     # Cached, so that loading a network twice gives the same function, which jit knows again.
     def apply(params: Params, x: jax.Array, time: jax.Array, cond: Cond) -> jax.Array:
-        return module.apply({"params": params}, x, time, cond)  # pyright: ignore
+        variables = {"params": params}
+        if isinstance(params, Precomputed):
+            variables = {"params": params.params, FORMS: params.forms}
+        return module.apply(variables, x, time, cond)  # pyright: ignore
 
     return as_denoiser(apply, target, learned_variance)
+
+
+@functools.cache
+def _precompute(module: nn.Module) -> Callable[[Params, jax.Array, Cond], Any]:
+    # Cached as denoisers are.
+    @functools.cache
+    def wanted(shape: tuple[int, ...], cond: Any) -> Any:
+        given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, shape[:1]))
+        apply = functools.partial(module.apply, mutable=[FORMS])
+        _, made = jax.eval_shape(apply, {"params": param_shapes(module)}, *given, cond)
+        return made.get(FORMS, {})
+
+    def precompute(params: Params, x: jax.Array, cond: Cond) -> Any:
+        return forms_of(params, wanted(x.shape, jax.ShapeDtypeStruct(cond.shape, cond.dtype)))
+
+    return precompute
 
 
 def check_classes(card: Card | FeatureCard) -> None:
@@ -215,8 +236,12 @@ def _network(card: Card, params: Params, dtype: Any) -> Network:
     schedule = check_card(card)
     module, params, card = _fit(card, params, dtype)
     denoiser = _denoiser(module, card.target, card.learned_variance)
-    more = (getattr(module, name, None) for name in ("rows", "multiple"))
-    return Network(denoiser, params, card, schedule, *more)
+    return Network(
+        denoiser, params, card, schedule,
+        rows=getattr(module, "rows", None),
+        multiple=getattr(module, "multiple", None),
+        precompute=_precompute(module) if card.architecture == "unet" else None,
+    )  # fmt: skip
 
 
 def _autoencoder(card: AutoencoderCard, params: Params, dtype: Any) -> Autoencoder:

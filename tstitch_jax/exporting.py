@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -102,6 +103,9 @@ def export(
     request = pipeline.prepare(
         jax.random.key(seed), networks, labels=labels, autoencoder=autoencoder, **options
     )
+    if set(platforms) != {"cpu"}:  # else the program holds what is quick on a CPU alone
+        precompute = (None,) * len(networks)
+        request = dataclasses.replace(request, static=request.static | {"precompute": precompute})
     inputs = request.inputs
     if inputs.noise is not None or inputs.start is not None:
         raise ValueError("noise and start cannot be exported")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, UInt8
 
@@ -33,7 +34,7 @@ from tstitch_jax.prediction import at_equal_snr, by_rows, with_cond, without_var
 from tstitch_jax.sampler import Step, draw_noise, image_keys, iterate, run
 from tstitch_jax.schedules import last_steps, make_knots, match_snr
 from tstitch_jax.solvers import make_solver
-from tstitch_jax.stitch import stitch
+from tstitch_jax.stitch import if_used, stitch
 from tstitch_jax.types import (
     Autoencoder,
     Cond,
@@ -42,6 +43,7 @@ from tstitch_jax.types import (
     Knots,
     Network,
     Params,
+    Precomputed,
     Prediction,
     Solver,
 )
@@ -173,8 +175,24 @@ def draw(inputs, *, mesh, **static):
     return parallel.each_device(function, mesh, (specs,), out)(inputs)
 
 
+@functools.partial(jax.jit, static_argnames=("precompute",))
+def _precomputed(given, x, conditions, *, precompute):
+    """The denoiser's parameters, with what every step would compute of them alone."""
+
+    def own(k: int) -> Params:
+        params, function = given.params[k], precompute[k]
+        if function is None:
+            return params
+        make = functools.partial(function, x=x, cond=conditions[k].given)
+        if k == 0 and given.auto_scale is not None:  # which guides the others' steps
+            return Precomputed(params, make(params))
+        return Precomputed(params, if_used(given.plan, k, make, params))
+
+    return given._replace(params=tuple(map(own, range(len(precompute)))))
+
+
 def _draw_here(
-    inputs, *, denoiser, solver, shape, encoder, decoder, finish, return_trajectory,
+    inputs, *, denoiser, solver, precompute, shape, encoder, decoder, finish, return_trajectory,
     return_predictions,
 ):  # fmt: skip
     keys, x = begin(inputs, shape=shape, encoder=encoder)
@@ -183,7 +201,7 @@ def _draw_here(
         _solver(solver, inputs.eta),
         inputs.knots,
         x,
-        params=inputs.given,
+        params=_precomputed(inputs.given, x, inputs.conditions, precompute=precompute),
         cond=inputs.conditions,
         keys=keys,
         return_trajectory=return_trajectory,
@@ -197,7 +215,7 @@ def _draw_here(
 _sample = jax.jit(
     draw,
     static_argnames=(
-        "denoiser", "solver", "shape", "encoder", "decoder", "finish", "mesh",
+        "denoiser", "solver", "precompute", "shape", "encoder", "decoder", "finish", "mesh",
         "return_trajectory", "return_predictions",
     ),
 )  # fmt: skip
@@ -248,9 +266,10 @@ class Sampling:
         chosen = {name: static[name] for name in ("shape", "encoder")}
         keys, x = begin(inputs, **chosen)
         solver = _solver(static["solver"], None if inputs.eta is None else float(inputs.eta))
+        given = _precomputed(inputs.given, x, inputs.conditions, precompute=static["precompute"])
         steps = iterate(
             static["denoiser"], solver, inputs.knots, x,
-            params=inputs.given, cond=inputs.conditions, keys=keys,
+            params=given, cond=inputs.conditions, keys=keys,
         )  # fmt: skip
         kept = []
         for step in steps:
@@ -286,6 +305,13 @@ def _place(mesh: Mesh | None, value: Any, params: Params) -> Any:
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         value = jax.ShapeDtypeStruct(value.shape, value.dtype)
     return parallel.over_data(mesh, value)
+
+
+def _on_cpu(params: Params) -> bool:
+    leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
+        return False
+    return all(device.platform == "cpu" for device in leaf.devices())
 
 
 def prepare(
@@ -447,6 +473,9 @@ def prepare(
                 cfg_rescale,
             ),
             solver=solver,
+            precompute=tuple(
+                network.precompute if _on_cpu(network.params) else None for network in networks
+            ),
             shape=image_shape,
             encoder=None if coder is None or start is None else _encode_mean(coder.encode),
             decoder=None if coder is None else coder.decode,

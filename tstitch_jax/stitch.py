@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,3 +68,15 @@ def stitch(denoisers: Sequence[Denoiser], plan: Plan) -> Denoiser:
         return jax.lax.switch(network, branches, *operands)
 
     return stitched
+
+
+def if_used(plan: Plan, network: int, make: Callable[[Params], Any], params: Params) -> Any:
+    """``make(params)`` where the network takes a step of the plan, else zeros of the same shapes.
+
+    For what is computed of a network before the loop, at the cost of a good part of a step.
+    """
+
+    def nothing(params: Params) -> Any:
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(make, params))
+
+    return jax.lax.cond((jnp.asarray(plan.networks) == network).any(), make, nothing, params)

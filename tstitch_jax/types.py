@@ -267,6 +267,13 @@ class TextEncoderCard(BaseCard):
     tokenizer_checksum: str = ""
 
 
+class Precomputed(NamedTuple):
+    """A network's parameters, and what is computed of them alone (``Network.precompute``)."""
+
+    params: Params
+    forms: Any
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A denoiser with its parameters and its card: what ``load`` returns.
@@ -280,6 +287,9 @@ class Network:
             lets it work in pieces; None for any number. Guidance asks for two rows an image.
         multiple: What divides the height and width of its inputs; None where it takes those of its
             card alone.
+        precompute: ``(params, x, cond) -> forms``, what a loop on a CPU over such x and cond would
+            compute of the parameters alone in every step; the denoiser takes it beside them, as
+            ``Precomputed``. None where there is nothing of the kind.
     """
 
     denoiser: Denoiser
@@ -288,6 +298,7 @@ class Network:
     schedule: Schedule
     rows: int | None = None
     multiple: int | None = None
+    precompute: Callable[[Params, jax.Array, Cond], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,7 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
+
+from tstitch_jax.types import Params
 
 CHANNELS = 256
 """Of fewer channels, in or out, the direct form is taken, on CPUs as the quickest."""
@@ -18,6 +21,14 @@ ROWS = 256
 
 VALUES = 2**24
 """Of more values, in or out, Winograd's form takes too much memory: some 300 MB at this many."""
+
+PRECOMPUTED = range(12**2, 32**2 + 1)
+"""For so many pixels an image, Winograd's form takes a CPU half to three quarters of the time where
+its kernels are at hand. Of fewer, reading them costs as much as it saves; of more, they cost little
+to compute."""
+
+FORMS = "forms"
+"""The collection of variables, beside the parameters, that holds such kernels."""
 
 IMAGES = range(2, 8)
 """Of so few rows the direct form takes a TPU twice the time, by its compiler's estimates. In a
@@ -57,8 +68,8 @@ def convolve(
     if x.dtype == jnp.float32:
         if batch * pixels <= ROWS:
             forms["cpu"] = surroundings
-        elif not (height % 2 or width % 2 or batch * pixels * max(channels) > VALUES):
-            forms["cpu"] = winograd
+        elif _fits_winograd(x.shape, kernel.shape):
+            forms["cpu"] = lambda x, kernel: winograd(x, winograd_kernels(kernel))
     if batch in IMAGES:
         forms["tpu"] = shifted
     if not forms:
@@ -66,8 +77,54 @@ def convolve(
     return jax.lax.platform_dependent(x, kernel, **forms, default=direct)
 
 
-Conv = functools.partial(nn.Conv, conv_general_dilated=convolve)
-"""Flax's convolution, by ``convolve``."""
+def _fits_winograd(shape: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
+    batch, height, width, _ = shape
+    small = batch * height * width * max(kernel[2:]) <= VALUES
+    return small and not (height % 2 or width % 2)
+
+
+class Conv(nn.Module):
+    """Flax's convolution of NHWC images, with the same parameters, by ``convolve``.
+
+    Applied with a mutable collection ``FORMS``, it puts there what a loop on a CPU should not
+    compute in every step; applied with that collection, it uses it.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: int = 1
+    padding: Any = "SAME"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k l d"]:
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        same = (self.kernel_size, self.strides, self.padding) == ((3, 3), 1, "SAME")
+        if (
+            same
+            and x.dtype == jnp.float32
+            and min(shape[2:]) >= CHANNELS
+            and x.shape[1] * x.shape[2] in PRECOMPUTED
+            and _fits_winograd(x.shape, shape)
+        ):
+            if self.is_mutable_collection(FORMS) and not self.is_initializing():
+                self.put_variable(FORMS, "kernel", winograd_kernels(kernel))
+            if self.has_variable(FORMS, "kernel"):
+                return winograd(x, self.get_variable(FORMS, "kernel")) + bias
+        return bias + convolve(
+            x, kernel, (self.strides,) * 2, self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+
+def forms_of(params: Params, wanted: Any) -> Any:
+    """``FORMS`` of a network, of whose shapes ``wanted`` is, from its parameters."""
+    if "kernel" in wanted:
+        return {"kernel": winograd_kernels(params["kernel"])}
+    return {name: forms_of(params[name], inner) for name, inner in wanted.items()}
 
 
 def _bordered(x: jax.Array) -> jax.Array:
@@ -102,13 +159,24 @@ def shifted(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -> Floa
     return functools.reduce(jnp.add, products).astype(x.dtype)
 
 
+def winograd_kernels(kernel: Float[Array, "3 3 c d"]) -> tuple[Float[Array, "c d"], ...]:
+    """``G g G^T`` of ``winograd``: sixteen matrices, by row and column."""
+
+    def of_kernel(g: Any) -> list[jax.Array]:
+        """``G g``."""
+        return [g[0], (g[0] + g[1] + g[2]) / 2, (g[0] - g[1] + g[2]) / 2, g[2]]
+
+    return tuple(u for row in of_kernel(kernel) for u in of_kernel(row))
+
+
 def winograd(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]
+    x: Float[Array, "b h w c"], kernels: tuple[Float[Array, "c d"], ...]
 ) -> Float[Array, "b h w d"]:
     """The convolution by F(2 x 2, 3 x 3) (Lavin & Gray 2016, arXiv:1509.09308, section 4.1).
 
     Each 2 x 2 pixels take 16 multiplications a channel instead of 36. In float32 it differs from
-    the direct form by some 2e-6 of the largest value. H and W must be even.
+    the direct form by some 2e-6 of the largest value. H and W must be even; the kernels are those
+    that ``winograd_kernels`` makes.
     """
     batch, height, width, channels = x.shape
 
@@ -118,16 +186,11 @@ def winograd(
         d = [jax.lax.slice_in_dim(values, i, i + last, 2, axis) for i in range(4)]
         return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
 
-    def of_kernel(g: Any) -> list[jax.Array]:
-        """``G g``."""
-        return [g[0], (g[0] + g[1] + g[2]) / 2, (g[0] - g[1] + g[2]) / 2, g[2]]
-
     def of_products(m: list[Any]) -> list[Any]:
         """``A^T m``."""
         return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
     tiles = [v for row in of_tiles(_bordered(x), 1) for v in of_tiles(row, 2)]
-    kernels = [u for row in of_kernel(kernel) for u in of_kernel(row)]
     # Sixteen products apart are quicker than a batched one.
     products = [v.reshape(-1, channels) @ u for v, u in zip(tiles, kernels, strict=True)]
     by_column = [of_products(products[j::4]) for j in range(4)]

@@ -43,7 +43,7 @@ LOGITS = 2**24
 keeps the logits of a piece in a TPU's fast memory."""
 
 CACHED = 2**22
-"""The same on CPUs, whose caches are smaller."""
+"""The same on CPUs, whose caches are smaller; and of gates in a transformer's linear unit."""
 
 
 class Norm(nn.Module):
@@ -175,6 +175,44 @@ class Attention(nn.Module):
         return nn.Dense(width, dtype=self.dtype, name="out")(h.swapaxes(1, 2).reshape(x.shape))
 
 
+class Weights(nn.Module):
+    """The parameters of ``nn.Dense``, in the compute dtype."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[Float[Array, "i o"], Float[Array, " o"]]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (inputs, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return jnp.asarray(kernel, self.dtype), jnp.asarray(bias, self.dtype)
+
+
+def gated_unit(
+    h: Float[Array, "b n c"],
+    kernel_in: Float[Array, "c e"],
+    bias_in: Float[Array, " e"],
+    kernel_out: Float[Array, "d c"],
+    bias_out: Float[Array, " c"],
+) -> Float[Array, "b n c"]:
+    """GEGLU (Shazeer 2020, arXiv:2002.05202), on CPUs of at most ``CACHED`` gates at a time."""
+
+    def unit(h: jax.Array, *weights: jax.Array) -> jax.Array:
+        kernel_in, bias_in, kernel_out, bias_out = weights
+        value, gate = jnp.split(h @ kernel_in + bias_in, 2, axis=-1)
+        return (value * nn.gelu(gate, approximate=False)) @ kernel_out + bias_out
+
+    def in_pieces(h: jax.Array, *weights: jax.Array) -> jax.Array:
+        tokens = h.shape[0] * h.shape[1]
+        parts = _pieces(tokens, weights[0].shape[1], CACHED)
+        split = h.reshape(parts, tokens // parts, -1)
+        return _each(lambda piece: unit(piece, *weights), split).reshape(h.shape)
+
+    return jax.lax.platform_dependent(
+        h, kernel_in, bias_in, kernel_out, bias_out, cpu=in_pieces, default=unit
+    )
+
+
 class Transformer(nn.Module):
     """All pixels attend to each other, then to the context; then a gated linear unit by pixel."""
 
@@ -198,9 +236,11 @@ class Transformer(nn.Module):
         h = h + Attention(self.num_heads, self.dtype, name="self")(own, own)
         own = norm(h, "cross_norm")
         h = h + Attention(self.num_heads, self.dtype, name="cross")(own, context)
-        # GEGLU (Shazeer 2020, arXiv:2002.05202).
-        value, gate = jnp.split(dense(8 * width, "mlp_in", norm(h, "mlp_norm")), 2, axis=-1)
-        h = h + dense(width, "mlp_out", value * nn.gelu(gate, approximate=False))
+        weights = (
+            *Weights(8 * width, self.dtype, name="mlp_in")(width),
+            *Weights(width, self.dtype, name="mlp_out")(4 * width),
+        )
+        h = h + gated_unit(norm(h, "mlp_norm").astype(self.dtype), *weights)
         return x + dense(width, "project_out", h).reshape(x.shape)
 
 
@@ -325,8 +365,8 @@ class UNet(nn.Module):
                     h = transformer(h, heads, f"down_{i}_transformer_{j}")
                 skips.append(h)
             if i < last:
-                conv = Conv(width, (3, 3), 2, 1, dtype=self.dtype, name=f"down_{i}_resize")
-                h = conv(h)
+                pad = ((1, 1), (1, 1))
+                h = Conv(width, (3, 3), 2, pad, dtype=self.dtype, name=f"down_{i}_resize")(h)
                 skips.append(h)
         if self.middle_heads:
             h = resnet(h, self.widths[-1], "middle_resnet_0")
