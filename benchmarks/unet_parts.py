@@ -1,4 +1,4 @@
-"""Attention and convolutions of a U-Net on the CPU, in the forms that there are to choose from.
+"""Parts of a U-Net on the CPU, in the forms that there are to choose from.
 
     python benchmarks/unet_parts.py [--rounds 5]
 
@@ -57,6 +57,14 @@ def compare(title: str, forms: dict[str, Callable[..., Any]], given: Any, rounds
     print(f"{title}: {said}", flush=True)
 
 
+def gated(limit: int) -> Callable[..., jax.Array]:
+    def unit(*given: jax.Array) -> jax.Array:
+        unet.CACHED = limit
+        return unet.gated_unit(*given)
+
+    return unit
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -69,11 +77,22 @@ def main() -> None:
     forms = {f"2^{power} logits": attention(2**power) for power in (26, 24, 22, 20, 18)}
     compare("attention of 4096 pixels, 2 x 8 heads of 40", forms, given, rounds)
     for batch, side, channels, features in CONVOLUTIONS:
-        given = [draw(batch, side, side, channels), 0.01 * draw(3, 3, channels, features)]
-        forms = {"direct": direct, "winograd": convolution.winograd}
+        x, kernel = draw(batch, side, side, channels), 0.01 * draw(3, 3, channels, features)
+        given = [x, kernel, convolution.winograd_kernels(kernel)]
+        forms = {
+            "direct": lambda x, kernel, _: direct(x, kernel),
+            "winograd": lambda x, kernel, _: convolution.winograd(
+                x, convolution.winograd_kernels(kernel)
+            ),
+            "with its kernels at hand": lambda x, _, kernels: convolution.winograd(x, kernels),
+        }
         if batch * side**2 <= 1024:
-            forms["surroundings"] = convolution.surroundings
+            forms["surroundings"] = lambda x, kernel, _: convolution.surroundings(x, kernel)
         compare(f"{batch} x {side} px, {channels} to {features} channels", forms, given, rounds)
+    for side, width in ((64, 320), (32, 640), (16, 1280)):
+        shapes = (2, side**2, width), (width, 8 * width), (8 * width,), (4 * width, width), (width,)
+        forms = {f"{2**power} gates": gated(2**power) for power in (26, 23, 22, 21)}
+        compare(f"gated unit, {side} px, {width}", forms, [draw(*s) for s in shapes], rounds)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Command:  tstitch sweep configs/sweep_steps.py --out runs/steps
 Data:     --reference fashion_mnist.npz:x_test, which fetch_fashion_mnist.py --split embedded writes
-Cost:     180,000 images, about 2 hours on a CPU core with AMX
+Cost:     225,000 images, about 4 hours on a CPU core with AMX
 Expected: times in proportion to the steps and to the plan's cost, whatever the solver
 """
 
@@ -18,7 +18,7 @@ config = make(
             networks=PAIR,
             options=OPTIONS | dict(fractions=[fraction, 1 - fraction], steps=steps, solver=solver),
         )
-        for steps in (5, 10, 20, 50)
+        for steps in (5, 10, 20, 50, 100)
         for solver in ("dpmpp", "ddim", "ddpm")
         for fraction in (0.0, 0.4, 0.8)
     ],

@@ -1,5 +1,6 @@
 """Convolutions in another order of sums are the same convolutions."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +13,6 @@ from tstitch_jax.networks import convolution, count_macs
 def direct(x, kernel):
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def convolve(x, kernel, strides=(1, 1), padding="SAME", **options):
-    return convolution.convolve(
-        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
     )
 
 
@@ -79,9 +74,9 @@ def test_which_form_is_taken(monkeypatch, shape, channels, features, form):
     for other in {"winograd", "surroundings"} - {form}:
         monkeypatch.setattr(convolution, other, refuse)
     x, kernel = draw(*shape, channels), draw(3, 3, channels, features)
-    program = jax.jit(convolve).lower(x, kernel).as_text()
+    program = jax.jit(convolution.convolve).lower(x, kernel).as_text()
     assert ("stablehlo.convolution" in program) == (form == "direct")
-    assert relative(jax.jit(convolve)(x, kernel), direct(x, kernel)) < 5e-6
+    assert relative(jax.jit(convolution.convolve)(x, kernel), direct(x, kernel)) < 5e-6
 
 
 @pytest.mark.parametrize(
@@ -100,7 +95,7 @@ def test_which_form_is_taken(monkeypatch, shape, channels, features, form):
 def test_which_form_an_accelerator_takes(platform, shape, channels, products, dtype):
     x = jax.ShapeDtypeStruct((*shape, channels), dtype)
     kernel = jax.ShapeDtypeStruct((3, 3, channels, WIDE), dtype)
-    exported = jax.export.export(jax.jit(convolve), platforms=[platform])(x, kernel)
+    exported = jax.export.export(jax.jit(convolution.convolve), platforms=[platform])(x, kernel)
     program = exported.mlir_module()
     assert program.count("stablehlo.dot_general") == products
     assert program.count("stablehlo.convolution") == (products == 0)
@@ -111,24 +106,29 @@ def test_other_kinds_are_direct():
     half = jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16)
     for arrays, options in (
         (half, {}),
-        ((x, kernel), dict(strides=(2, 2), padding=[(1, 1), (1, 1)])),
-        ((x, kernel), dict(rhs_dilation=(2, 2))),
-        ((x, kernel), dict(precision=jax.lax.Precision.HIGHEST)),
-        ((x, kernel), dict(preferred_element_type=jnp.float32)),
-        ((x, kernel[:, :, : WIDE // 2]), dict(feature_group_count=2)),
+        ((x, kernel), dict(stride=2)),
+        ((x, kernel), dict(padding=((1, 1), (1, 1)))),
         ((jax.ShapeDtypeStruct((9, 256, 256, WIDE), jnp.float32), kernel), {}),
         ((x, kernel[:1, :1]), {}),
     ):
-        program = str(jax.make_jaxpr(lambda *g, o=options: convolve(*g, **o))(*arrays))
+        program = str(jax.make_jaxpr(lambda *g, o=options: convolution.convolve(*g, **o))(*arrays))
         assert "conv_general_dilated" in program
         assert "cond" not in program
 
 
-def test_what_lax_refuses_is_refused():
-    with pytest.raises(ValueError, match="transposed convolution"):
-        convolve(draw(1, 18, 16, WIDE), draw(3, 3, WIDE, WIDE), lhs_dilation=(2, 1))
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("stride", "padding"), [(1, "SAME"), (2, ((1, 1), (1, 1)))])
+def test_the_module_is_that_of_flax(dtype, stride, padding):
+    x, key = draw(2, 6, 8, 5), jax.random.key(0)
+    own = convolution.Conv(7, (3, 3), stride, padding, dtype=dtype)
+    other = nn.Conv(7, (3, 3), stride, padding, dtype=dtype)
+    params = own.init(key, x)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, other.init(key, x)))
+    found, expected = own.apply(params, x), other.apply(params, x)
+    assert found.dtype == expected.dtype
+    assert relative(found, expected) < 1e-6
 
 
 def test_multiply_adds_are_those_of_the_direct_form():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 18, 16, WIDE), (3, 3, WIDE, WIDE))]
-    assert count_macs(convolve, *shapes) == 18 * 16 * 9 * WIDE**2
+    assert count_macs(convolution.convolve, *shapes) == 18 * 16 * 9 * WIDE**2

@@ -651,7 +651,7 @@ def test_the_projects_configurations(tmp_path, monkeypatch):
     points = {f.stem: len(load_config(str(f), ts.SweepConfig).points) for f in files}
     assert points == {
         "sweep_allocation": 4, "sweep_finetuned": 9, "sweep_fractions": 11, "sweep_guidance": 45,
-        "sweep_steps": 36, "sweep_three": 66,
+        "sweep_steps": 45, "sweep_three": 66,
     }  # fmt: skip
     loaded = {}
     for file in files:

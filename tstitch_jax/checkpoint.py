@@ -122,16 +122,16 @@ def _denoiser(module: nn.Module, target: str, learned_variance: bool) -> Denoise
 
 
 @functools.cache
-def _precompute(module: nn.Module) -> Callable[[Params, jax.Array, Cond], Any]:
+def _precompute(module: nn.Module) -> Callable[[Params, Any, Any], Any]:
     # Cached as denoisers are.
     @functools.cache
-    def wanted(shape: tuple[int, ...], cond: Any) -> Any:
+    def wanted(shape: tuple[int, ...], cond: jax.ShapeDtypeStruct) -> Any:
         given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, shape[:1]))
         apply = functools.partial(module.apply, mutable=[FORMS])
         _, made = jax.eval_shape(apply, {"params": param_shapes(module)}, *given, cond)
         return made.get(FORMS, {})
 
-    def precompute(params: Params, x: jax.Array, cond: Cond) -> Any:
+    def precompute(params: Params, x: Any, cond: Any) -> Any:
         return forms_of(params, wanted(x.shape, jax.ShapeDtypeStruct(cond.shape, cond.dtype)))
 
     return precompute
@@ -236,11 +236,12 @@ def _network(card: Card, params: Params, dtype: Any) -> Network:
     schedule = check_card(card)
     module, params, card = _fit(card, params, dtype)
     denoiser = _denoiser(module, card.target, card.learned_variance)
+    has_forms = card.architecture == "unet" and module.dtype == jnp.float32
     return Network(
         denoiser, params, card, schedule,
         rows=getattr(module, "rows", None),
         multiple=getattr(module, "multiple", None),
-        precompute=_precompute(module) if card.architecture == "unet" else None,
+        precompute=_precompute(module) if has_forms else None,
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def pass_seconds(
         steps.append(
             pipeline.prepare(
                 jax.random.key(0), [network], steps=1, cfg_scale=None, decode=False, **given
-            )
+            ).precomputed()
         )
     # In rounds that go through all, so that what slows the machine for a while slows them all.
     rounds = [[timed(step) for step in steps] for _ in range(ROUNDS + 1)][1:]

@@ -175,15 +175,26 @@ def draw(inputs, *, mesh, **static):
     return parallel.each_device(function, mesh, (specs,), out)(inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("precompute",))
-def _precomputed(given, x, conditions, *, precompute):
+@functools.partial(jax.jit, static_argnames=("precompute", "shape"))
+def _precomputed(given, conditions, *, precompute, shape):
     """The denoiser's parameters, with what every step would compute of them alone."""
 
     def own(k: int) -> Params:
         params, function = given.params[k], precompute[k]
         if function is None:
             return params
-        make = functools.partial(function, x=x, cond=conditions[k].given)
+        cond = conditions[k].given
+        rows = len(cond) * (1 if given.scales[k] is None else 2)
+        shapes = [
+            jax.ShapeDtypeStruct((rows, *of), dtype)
+            for of, dtype in ((shape, jnp.float32), (cond.shape[1:], cond.dtype))
+        ]
+
+        def make(params: Params) -> Any:
+            return function(params, *shapes)
+
+        if not jax.tree.leaves(jax.eval_shape(make, params)):
+            return params
         if k == 0 and given.auto_scale is not None:  # which guides the others' steps
             return Precomputed(params, make(params))
         return Precomputed(params, if_used(given.plan, k, make, params))
@@ -201,7 +212,7 @@ def _draw_here(
         _solver(solver, inputs.eta),
         inputs.knots,
         x,
-        params=_precomputed(inputs.given, x, inputs.conditions, precompute=precompute),
+        params=_precomputed(inputs.given, inputs.conditions, precompute=precompute, shape=shape),
         cond=inputs.conditions,
         keys=keys,
         return_trajectory=return_trajectory,
@@ -263,13 +274,13 @@ class Sampling:
             if isinstance(result, tuple):
                 return wanted(result[0]), *(jax.vmap(wanted)(kept) for kept in result[1:])
             return wanted(result)
+        inputs = self.precomputed().inputs
         chosen = {name: static[name] for name in ("shape", "encoder")}
         keys, x = begin(inputs, **chosen)
         solver = _solver(static["solver"], None if inputs.eta is None else float(inputs.eta))
-        given = _precomputed(inputs.given, x, inputs.conditions, precompute=static["precompute"])
         steps = iterate(
             static["denoiser"], solver, inputs.knots, x,
-            params=given, cond=inputs.conditions, keys=keys,
+            params=inputs.given, cond=inputs.conditions, keys=keys,
         )  # fmt: skip
         kept = []
         for step in steps:
@@ -281,6 +292,15 @@ class Sampling:
         chosen = {name: static[name] for name in ("decoder", "finish")}
         x = wanted(_finish(x, inputs.coder_params, **chosen))
         return (x, *map(jnp.stack, zip(*kept, strict=True))) if kept[0] else x
+
+    def precomputed(self) -> Sampling:
+        """The same, with what is computed before the loop in the inputs."""
+        inputs, precompute = self.inputs, self.static["precompute"]
+        given = _precomputed(
+            inputs.given, inputs.conditions, precompute=precompute, shape=self.static["shape"]
+        )
+        static = self.static | {"precompute": (None,) * len(precompute)}
+        return dataclasses.replace(self, inputs=inputs._replace(given=given), static=static)
 
     def compile(self) -> Callable[..., Any]:
         """The executable, to be called with the ``inputs`` of this or a like request."""
@@ -308,10 +328,12 @@ def _place(mesh: Mesh | None, value: Any, params: Params) -> Any:
 
 
 def _on_cpu(params: Params) -> bool:
-    leaf = jax.tree.leaves(params)[0]
-    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
-        return False
-    return all(device.platform == "cpu" for device in leaf.devices())
+    return all(
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, Tracer)
+        and all(device.platform == "cpu" for device in leaf.devices())
+        for leaf in jax.tree.leaves(params)
+    )
 
 
 def prepare(
@@ -474,7 +496,8 @@ def prepare(
             ),
             solver=solver,
             precompute=tuple(
-                network.precompute if _on_cpu(network.params) else None for network in networks
+                network.precompute if network.precompute and _on_cpu(network.params) else None
+                for network in networks
             ),
             shape=image_shape,
             encoder=None if coder is None or start is None else _encode_mean(coder.encode),

@@ -287,9 +287,9 @@ class Network:
             lets it work in pieces; None for any number. Guidance asks for two rows an image.
         multiple: What divides the height and width of its inputs; None where it takes those of its
             card alone.
-        precompute: ``(params, x, cond) -> forms``, what a loop on a CPU over such x and cond would
-            compute of the parameters alone in every step; the denoiser takes it beside them, as
-            ``Precomputed``. None where there is nothing of the kind.
+        precompute: ``(params, x, cond) -> forms``, by the shapes of x and cond: what a loop on a
+            CPU would compute of the parameters alone in every step. This denoiser takes it beside
+            them, as ``Precomputed``; None where there is nothing, or with another denoiser.
     """
 
     denoiser: Denoiser
@@ -298,7 +298,7 @@ class Network:
     schedule: Schedule
     rows: int | None = None
     multiple: int | None = None
-    precompute: Callable[[Params, jax.Array, Cond], Any] | None = None
+    precompute: Callable[[Params, Any, Any], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

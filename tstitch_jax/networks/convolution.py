@@ -37,10 +37,9 @@ decoder, which has one, nine products gain nothing over all."""
 
 def convolve(
     x: Float[Array, "b h w c"],
-    kernel: Float[Array, "i j n d"],
-    strides: Any,
-    padding: Any,
-    **options: Any,
+    kernel: Float[Array, "i j c d"],
+    stride: int = 1,
+    padding: Any = "SAME",
 ) -> Float[Array, "b k l d"]:
     """``lax.conv_general_dilated``, or the same in an order of sums that is quicker.
 
@@ -49,24 +48,17 @@ def convolve(
     TPUs, of few rows, one product for each place of the kernel (``shifted``).
     """
     direct = functools.partial(
-        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options
+        jax.lax.conv_general_dilated,
+        window_strides=(stride, stride),
+        padding=padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    rows, columns, *channels = kernel.shape
-    batch, height, width, _ = x.shape
-    dilations = [d for side in ("lhs", "rhs") for d in options.get(f"{side}_dilation") or ()]
-    plain = (
-        (rows, columns) == (3, 3)
-        and all(step == 1 for step in (*strides, *dilations))
-        and padding == "SAME"
-        and options.get("feature_group_count", 1) == options.get("batch_group_count", 1) == 1
-        and not (options.get("precision") or options.get("preferred_element_type"))
-    )
-    if not plain or min(channels) < CHANNELS:
+    if not _is_wide(kernel.shape, stride, padding):
         return direct(x, kernel)
     forms: dict[str, Any] = {}
-    pixels = height * width
+    batch, height, width, _ = x.shape
     if x.dtype == jnp.float32:
-        if batch * pixels <= ROWS:
+        if batch * height * width <= ROWS:
             forms["cpu"] = surroundings
         elif _fits_winograd(x.shape, kernel.shape):
             forms["cpu"] = lambda x, kernel: winograd(x, winograd_kernels(kernel))
@@ -75,6 +67,12 @@ def convolve(
     if not forms:
         return direct(x, kernel)
     return jax.lax.platform_dependent(x, kernel, **forms, default=direct)
+
+
+def _is_wide(kernel: tuple[int, ...], stride: int, padding: Any) -> bool:
+    rows, columns, *channels = kernel
+    plain = (rows, columns, stride, padding) == (3, 3, 1, "SAME")
+    return plain and min(channels) >= CHANNELS
 
 
 def _fits_winograd(shape: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
@@ -92,7 +90,7 @@ class Conv(nn.Module):
 
     features: int
     kernel_size: tuple[int, int]
-    strides: int = 1
+    stride: int = 1
     padding: Any = "SAME"
     dtype: Any = None
 
@@ -102,11 +100,9 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        same = (self.kernel_size, self.strides, self.padding) == ((3, 3), 1, "SAME")
         if (
-            same
-            and x.dtype == jnp.float32
-            and min(shape[2:]) >= CHANNELS
+            x.dtype == jnp.float32
+            and _is_wide(shape, self.stride, self.padding)
             and x.shape[1] * x.shape[2] in PRECOMPUTED
             and _fits_winograd(x.shape, shape)
         ):
@@ -114,16 +110,13 @@ class Conv(nn.Module):
                 self.put_variable(FORMS, "kernel", winograd_kernels(kernel))
             if self.has_variable(FORMS, "kernel"):
                 return winograd(x, self.get_variable(FORMS, "kernel")) + bias
-        return bias + convolve(
-            x, kernel, (self.strides,) * 2, self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )  # fmt: skip
+        return convolve(x, kernel, self.stride, self.padding) + bias
 
 
 def forms_of(params: Params, wanted: Any) -> Any:
     """``FORMS`` of a network, of whose shapes ``wanted`` is, from its parameters."""
     if "kernel" in wanted:
-        return {"kernel": winograd_kernels(params["kernel"])}
+        return {"kernel": winograd_kernels(jnp.asarray(params["kernel"], jnp.float32))}
     return {name: forms_of(params[name], inner) for name, inner in wanted.items()}
 
 

@@ -143,7 +143,7 @@ class Attention(nn.Module):
             return h.swapaxes(1, 2)
 
         # CPUs multiply in bfloat16 only matrices as they are written, and of one batch axis. Others
-        # keep the heads apart, over which a mesh spreads them.
+        # keep the heads apart, over which a mesh may spread them (CPUs then gather them).
         def tokens_first(
             x: jax.Array, kernel: jax.Array, bias: jax.Array, axes: tuple[int, ...]
         ) -> jax.Array:

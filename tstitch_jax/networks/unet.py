@@ -43,7 +43,7 @@ LOGITS = 2**24
 keeps the logits of a piece in a TPU's fast memory."""
 
 CACHED = 2**22
-"""The same on CPUs, whose caches are smaller; and of gates in a transformer's linear unit."""
+"""The same on CPUs, whose caches are smaller; and of values and gates in a gated unit."""
 
 
 class Norm(nn.Module):
@@ -195,7 +195,10 @@ def gated_unit(
     kernel_out: Float[Array, "d c"],
     bias_out: Float[Array, " c"],
 ) -> Float[Array, "b n c"]:
-    """GEGLU (Shazeer 2020, arXiv:2002.05202), on CPUs of at most ``CACHED`` gates at a time."""
+    """GEGLU (Shazeer 2020, arXiv:2002.05202).
+
+    On CPUs at most ``CACHED`` values and gates at a time.
+    """
 
     def unit(h: jax.Array, *weights: jax.Array) -> jax.Array:
         kernel_in, bias_in, kernel_out, bias_out = weights
