@@ -296,6 +296,8 @@ class Sampling:
     def precomputed(self) -> Sampling:
         """The same, with what is computed before the loop in the inputs."""
         inputs, precompute = self.inputs, self.static["precompute"]
+        if not any(precompute):
+            return self
         given = _precomputed(
             inputs.given, inputs.conditions, precompute=precompute, shape=self.static["shape"]
         )
