@@ -248,7 +248,7 @@ def convert(
     Raises:
         CheckpointError: If the checkpoint cannot be read, or is no network that is known here;
             lists every missing, superfluous and misshapen tensor.
-        ValueError: If there is something else at ``out``.
+        ValueError: If there is something else at ``out``, or the family is unknown.
         OSError: If it cannot be written.
     """
     source, out = Path(source), Path(out)

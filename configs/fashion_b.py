@@ -1,4 +1,4 @@
-"""The embedded network between the two: a DiT of width 112 and depth 4 (1M parameters).
+"""The first part of fashion-b (fashion_b_more.py): a DiT of width 112, depth 4 (1M parameters).
 
 Command:  tstitch train configs/fashion_b.py --out runs/fashion_b
 Data:     tensorflow-datasets' fashion_mnist; or --data FILE.npz with x_train and y_train

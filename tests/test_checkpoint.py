@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +96,21 @@ def test_a_failed_rename_puts_the_old_one_back(folder, monkeypatch):
     with pytest.raises(OSError, match="went away"):
         checkpoint.replace_folder(folder, lambda new: None)
     monkeypatch.undo()
+    ts.load(folder)
+    assert os.listdir(folder.parent) == ["net"]
+
+
+def test_sigterm_leaves_nothing_behind(folder):
+    script = (
+        "import signal, sys\n"
+        "from pathlib import Path\n"
+        "from tstitch_jax import checkpoint\n"
+        "def write(new):\n"
+        "    (new / 'half').write_text('')\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "checkpoint.replace_folder(Path(sys.argv[1]), write)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(folder)]).returncode == 143
     ts.load(folder)
     assert os.listdir(folder.parent) == ["net"]
 

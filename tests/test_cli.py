@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,28 @@ def run(capsys, *arguments):
         status = stop.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def test_whoever_reads_may_leave_or_have_no_more_than_ascii(tmp_path):
+    command = [sys.executable, "-m", "tstitch_jax.cli"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    left, right = os.pipe()
+    os.close(left)
+    found = subprocess.run(
+        [*command, "networks"], stdout=right, stderr=subprocess.PIPE, env=environment
+    )
+    os.close(right)
+    assert (found.returncode, found.stderr) == (128 + signal.SIGPIPE, b"")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 30, 28, 28, 1), dtype=np.uint8)
+    for name, each in zip("ab", pixels, strict=True):
+        np.savez(tmp_path / name, arr_0=each)
+    sets = [str(tmp_path / f"{name}.npz") for name in "ab"]
+    found = subprocess.run(
+        [*command, "evaluate", *sets, "--features", "fashion", "--metrics", "kid"],
+        capture_output=True, env=environment,
+    )  # fmt: skip
+    assert found.returncode == 0
+    assert re.search(rb"kernel distance .*\? \d", found.stdout)
 
 
 def test_networks(capsys):

@@ -174,7 +174,7 @@ def test_accuracy_and_the_names_of_other_features(network, sets):
     labels = direct(network, sets[0]).logits.argmax(-1)
     labels[:9] = (labels[:9] + 1) % CLASSES
     own = dataclasses.replace(network, card=dataclasses.replace(network.card, name="mine"))
-    samples = dataclasses.replace(from_array("samples", sets[0]), labels=labels)
+    samples = from_array("samples", sets[0], labels)
     found = evaluate(samples, sets[1], features=own, progress=False)
     assert found.metrics["accuracy_mine"] == 0.9
     assert "fid" not in found.metrics
@@ -314,7 +314,7 @@ def npz(**arrays):
     return lambda path: np.savez(path / "a.npz", **arrays)
 
 
-def folder(*pixels, names=None):
+def folder(*pixels):
     def write(path):
         (path / "a.npz").mkdir()
         for i, each in enumerate(pixels):
@@ -432,8 +432,11 @@ def test_a_reference_is_gone_through_once(network, sets, monkeypatch):
 
 
 def test_sorted_samples_are_told_of(network, sets):
-    samples = dataclasses.replace(from_array("samples", sets[0]), labels=np.arange(90) // 30)
-    for each, told in ((samples, True), (from_array("samples", sets[0]), False)):
+    for labels, told in (
+        (np.arange(90) // 30, True), (np.arange(90), False), (np.zeros(90, int), False),
+        (np.arange(90) % 30, False), (None, False),
+    ):  # fmt: skip
+        each = from_array("samples", sets[0], labels)
         found = evaluate(each, features=network, metrics=["is"], progress=False)
         assert any("sorted by class" in note for note in found.notes) == told
 
@@ -575,4 +578,4 @@ def test_bad_input_is_one_line(garments, capsys, command, message):
 def test_an_unfinished_folder_is_refused(garments, capsys):
     (garments / "samples" / "samples.npz").unlink()
     assert run("evaluate samples real.npz:x_test --features fashion") == 2
-    assert "tstitch generate is not through with it" in capsys.readouterr().err
+    assert "a job of tstitch generate that is not through (run it again)" in capsys.readouterr().err

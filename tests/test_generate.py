@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from PIL import Image
 
 import tstitch_jax as ts
 from tstitch_jax import cli
+from tstitch_jax.hosts import Hosts
 from tstitch_jax.shards import Shards
 
 OPTIONS = dict(num=15, batch=2, steps=3, progress=False)
@@ -39,6 +41,12 @@ def generate(out, network, **more):
 @pytest.fixture(scope="module")
 def unbroken(network, tmp_path_factory):
     return generate(tmp_path_factory.mktemp("unbroken") / "job", network)
+
+
+def encrypted(archive):
+    """The archive with the mark of an encrypted file in its directory."""
+    entry = archive.index(b"PK\x01\x02")
+    return archive[: entry + 8] + b"\x01" + archive[entry + 9 :]
 
 
 def same(path, expected):
@@ -151,6 +159,10 @@ def test_damaged_shards_are_made_again(network, unbroken, tmp_path, written):
     assert same(generate(tmp_path / "job", network), unbroken)
     assert sorted(seen) == [0, 1, 2, 3, 5, 6, 7]
     assert not unfinished.exists()
+    first = tmp_path / "job" / "shards" / "0000000.npz"
+    first.write_bytes(encrypted(first.read_bytes()))
+    assert same(generate(tmp_path / "job", network), unbroken)
+    assert seen.count(0) == 2
 
 
 @pytest.mark.parametrize(
@@ -283,7 +295,7 @@ def test_bad_input(network, tmp_path):
         (dict(num=0), r"num must be a whole number of at least 1, got 0"),
         (dict(batch=0), r"batch must be .* at least 1, got 0"),
         (dict(seed=-1), r"seed must be .* got -1"),
-        (dict(seed=2**32), r"below 2\^32"),
+        (dict(seed=2**32), r"seed must be a whole number, 0 to 2\^32 - 1, got 4294967296"),
         (dict(batch=10**12), r"batch must be at most 65536, got 1000000000000"),
         (dict(labels=[11]), r"labels must be 0 to 9, got 11"),
         (dict(labels=[]), r"labels must be a list"),
@@ -292,10 +304,13 @@ def test_bad_input(network, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             generate(out, network, **change)
-    with pytest.raises(TypeError, match=r"generate takes no noise; its options are fractions"):
+    with pytest.raises(ValueError, match=r"generate takes no noise; its options are fractions"):
         generate(out, network, noise=1)
     with pytest.raises(ValueError, match=r"makes latents of 4 channels"):
         generate(out, tiny_network())
+    few = tiny_network(image_shape=(8, 8, 3), guidance_channels=None, name="few", num_classes=5)
+    with pytest.raises(ValueError, match=r"few and .* differ in their number of classes"):
+        ts.generate(out, [few, network], num=2, batch=2, steps=2, progress=False)
     assert not out.exists()
 
 
@@ -353,6 +368,27 @@ def two_hosts(folder, job):
         )
         for i in (0, 1)
     ]  # fmt: skip
+
+
+def test_hosts_that_come_before_the_folder_find_each_other(tmp_path, monkeypatch):
+    own, entered = threading.local(), []
+    monkeypatch.setattr(jax, "process_index", lambda: own.index)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+
+    def host(index):
+        own.index = index
+        hosts = Hosts(tmp_path / "hosts", "run", timeout=60)
+        if index == 0:  # which makes the folder
+            time.sleep(0.3)
+        with hosts:
+            entered.append(index)
+
+    threads = [threading.Thread(target=host, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(entered) == [0, 1, 2]
 
 
 def test_two_hosts_sample_as_one(tmp_path):

@@ -137,6 +137,9 @@ def test_by_time_snr_and_step():
     assert Plan.from_times([888], knots).counts() == (2, 8)  # at least
     assert Plan.from_times([700, 200], knots).counts() == (3, 5, 2)
     assert Plan.from_times([2000, 200], knots).counts() == (0, 8, 2)
+    assert Plan.from_times([np.inf, -np.inf], knots).counts() == (0, 10, 0)
+    odd = make_knots(LINEAR, [999, 500.3, 100.1, 0.3])  # none of which float32 holds
+    assert Plan.from_times([500.3, 100.1], odd).counts() == (2, 1, 1)
     snr = (knots.alpha[:-1] / knots.sigma[:-1]) ** 2
     assert Plan.from_snr([float(snr[3])], knots).counts() == (4, 6)  # at most
     assert Plan.from_snr([float(snr[3]) * 0.99, 1e9], knots).counts() == (3, 7, 0)

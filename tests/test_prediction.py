@@ -208,6 +208,19 @@ def test_the_interval_is_of_noise_levels():
         ts.guidance_interval(2.0, flow, 0.0, float("inf")), np.full(4, 2, np.float32)
     )
     np.testing.assert_array_equal(ts.guidance_interval(2.0, flow, 0.5, 1e9), [1, 2, 2, 1])
+    # A level of the knots, as float32 or exact, is one.
+    tenth = ts.make_knots(ts.make_schedule("flow"), 10)
+    for k, exact in ((3, 7 / 3), (7, 3 / 7), (9, 1 / 9)):
+        expected = np.arange(10) >= k
+        found = ts.guidance_interval(2.0, tenth, 0.0, exact)
+        np.testing.assert_array_equal(found > 1, expected)
+        found = ts.guidance_interval(2.0, tenth, exact, float("inf"))
+        np.testing.assert_array_equal(found > 1, ~expected)
+    for k in range(1, 50):
+        time = int(knots.time[k])
+        exact = schedule.sigma[time] / schedule.alpha[time]
+        scale = ts.guidance_interval(2.0, knots, 0.0, float(exact))
+        np.testing.assert_array_equal(scale > 1, np.arange(50) >= k)
     nan = float("nan")
     for scale, low, high in ((2, 2, 1), (2, -1, 1), (2, nan, 1), (2, 1, nan), (nan, 1, 2)):
         with pytest.raises(ValueError, match="interval needs a scale and levels 0 <= low < high"):

@@ -1,4 +1,4 @@
-"""The compiled loop against the plain one, and one table of contracts for every solver."""
+"""The compiled loop: what it returns, compiles and refuses."""
 
 import jax
 import jax.numpy as jnp

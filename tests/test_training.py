@@ -5,13 +5,11 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import jax
@@ -84,32 +82,37 @@ def leaves(out):
 
 def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path):
     """Killed with SIGKILL in the middle, then run again: the same parameters to the bit."""
-    images, labels = make_images()
-    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels)
-    config = make_config(data=str(tmp_path / "data.npz"), steps=400, save_every=50)
     script = textwrap.dedent(f"""
-        import sys
+        import os, signal, sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
         import jax
         jax.config.update("jax_default_matmul_precision", "highest")
-        from test_training import make_config
+        from test_training import make_config, make_images
         from tstitch_jax.training import train
-        config = make_config(data={config.data!r}, steps=400, save_every=50)
-        train(config, {str(tmp_path / "broken")!r}, progress=False)
+        from tstitch_jax.training.data import ArrayImages
+
+        class Killed(ArrayImages):
+            reads = 0
+            def read(self, indices):
+                if len(indices) > 1:  # a batch, not the check of the data
+                    self.reads += 1
+                    if self.reads == 57:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                return super().read(indices)
+
+        images = Killed(*make_images())
+        train(make_config(save_every=20), {str(tmp_path / "broken")!r}, images=images,
+              progress=False)
     """)
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    checkpoints = tmp_path / "broken" / "checkpoints"
-    deadline = time.monotonic() + 240
-    while not (checkpoints / "100").is_dir():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    kept = {path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()}
+    assert kept & {"20", "40"}
     assert not (tmp_path / "broken" / "network").exists()
 
-    train(config, tmp_path / "broken", progress=False)
-    train(config, tmp_path / "whole", progress=False)
+    config, images = make_config(save_every=20), ArrayImages(*make_images())
+    train(config, tmp_path / "broken", images=images, progress=False)
+    train(config, tmp_path / "whole", images=images, progress=False)
     for found, expected in zip(
         leaves(tmp_path / "broken"), leaves(tmp_path / "whole"), strict=True
     ):
@@ -145,6 +148,26 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, number):
         assert [row["step"] for row in csv.DictReader(stream)] == [
             "40", "50", "57", "80", "100"
         ]  # fmt: skip
+
+
+def test_a_log_that_was_cut_before_its_header_begins_anew(tmp_path):
+    class Broken(ArrayImages):
+        def read(self, indices):
+            if len(indices) > 1:
+                # What a kill in the first step leaves.
+                header.append((tmp_path / "a" / "log.csv").read_text())
+                raise OSError("no more")
+            return super().read(indices)
+
+    header, config = [], make_config(steps=60, save_every=20)
+    with pytest.raises(OSError, match="no more"):
+        train(config, tmp_path / "a", images=Broken(*make_images()), progress=False)
+    assert header[0].startswith("step,loss,")
+    (tmp_path / "a" / "log.csv").write_text("")
+    data = ArrayImages(*make_images())
+    train(config, tmp_path / "a", images=data, progress=False)
+    train(config, tmp_path / "b", images=data, progress=False)
+    assert (tmp_path / "a" / "log.csv").read_text() == (tmp_path / "b" / "log.csv").read_text()
 
 
 def test_a_run_can_be_prolonged_but_not_changed(tmp_path):
@@ -335,7 +358,10 @@ def test_normalize():
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (dict(x_train=np.zeros((3, 8, 8), np.uint8)), "has no array .*y_train"),
+        (
+            dict(x_train=np.zeros((3, 8, 8), np.uint8)),
+            "lacks one of the arrays x_train and y_train",
+        ),
         (dict(x_train=np.zeros((3, 8, 8)), y_train=np.arange(3)), "must be uint8 .* got float64"),
         (dict(x_train=np.zeros((3, 8, 8), np.uint8), y_train=np.arange(2)), "3 whole numbers"),
     ],

@@ -82,7 +82,9 @@ class Calibration:
         names: Of the K networks.
         steps_alone: float64 ``[K, N]``, the damage of each step by each network alone.
         linear: float64 ``[N]``, the same if a linear filter took the step: the Wiener filter of the
-            trajectories' own means and spectra. A network that does more damage takes no step.
+            trajectories' own means and spectra. A network that does more damage takes no step,
+            but where it is within the step's share of the tolerance, or errs by less than 5% of the
+            images' variance.
         x0, eps: float64 ``[K, N]``, mean squared difference of each network's prediction from the
             last one's, at the same x and time.
         cosine: float64 ``[K, N]``, their cosine, of eps.
@@ -426,9 +428,7 @@ def _check_goal(tolerance: Any, budget: Any) -> tuple[float, float | None]:
         budget = check_number("budget", budget)
         if budget < 1:
             raise ValueError(f"the budget is a speed-up of at least 1, such as 1.5, got {budget:g}")
-    tolerance = TOLERANCE if tolerance is None else check_number("tolerance", tolerance)
-    if tolerance < 0:
-        raise ValueError(f"the tolerance must be at least 0, got {tolerance:g}")
+    tolerance = TOLERANCE if tolerance is None else check_number("tolerance", tolerance, low=0)
     return tolerance, budget
 
 

@@ -127,11 +127,16 @@ def _place(figure: Figure, axes: Axes, labels: Sequence[Annotation]) -> None:
 def curves(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) -> Figure:
     """Values against x, a line for each series, with error bars.
 
-    Names along x become places in the order they come in, and are not joined.
+    Names along x become places in the order they come in, and are not joined. Numbers above 0 that
+    span more than a factor of 20, such as numbers of steps, have a logarithmic axis.
     """
     figure, axes = _axes(title, x_label, y_label)
-    names = any(isinstance(x, str) for line in lines for x in line.x)
+    every = [x for line in lines for x in line.x]
+    numbers = [x for x in every if not isinstance(x, str)]
+    names = len(numbers) < len(every)
     _draw(axes, lines, joined=not names)
+    if not names and 0 < 20 * min(numbers) < max(numbers):
+        _log_axis(axes)
     if names:
         axes.margins(x=0.15)
         axes.tick_params(axis="x", rotation=15)

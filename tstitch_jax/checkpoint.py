@@ -451,24 +451,25 @@ def replace_folder(path: Path, write: Callable[[Path], T]) -> T:
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
         raise OSError(error.errno, f"cannot write {shown}: {reason}") from error
-    try:
-        result = write(temporary)
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.rename(path, old / path.name)
-            try:
+    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with _handled(_terminated, *[signal.SIGTERM] * ours):  # so that it, too, removes the folder
+        try:
+            result = write(temporary)
+            os.chmod(temporary, 0o755)  # mkdtemp makes it private
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+                os.rename(path, old / path.name)
+                try:
+                    os.rename(temporary, path)
+                finally:
+                    if not path.exists():
+                        os.rename(old / path.name, path)
+                    shutil.rmtree(old)
+            else:
                 os.rename(temporary, path)
-            except OSError:
-                os.rename(old / path.name, path)
-                old.rmdir()
-                raise
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, path)
-        return result
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            return result
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_place(path: Path) -> None:
@@ -517,19 +518,31 @@ def _no_echo() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back, since Orbax's threads would go on writing into a removed folder."""
+def _handled(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """Signals go to ``handler`` within it, where Python allows that: in its main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    caught = []
-    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds signals back, since Orbax's threads would go on writing into a removed folder."""
+    caught: list[int] = []
+    with _handled(lambda number, _: caught.append(number), signal.SIGINT, signal.SIGTERM):
+        yield
+    for number in caught[:1]:
+        signal.raise_signal(number)
+
+
+def _terminated(number: int, _: Any) -> None:
+    sys.exit(128 + number)
 
 
 def _in_flight(params: Params) -> int:

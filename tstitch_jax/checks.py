@@ -191,6 +191,12 @@ def check_key(key: Any) -> None:
         raise ValueError(f"key must be one key from jax.random.key, got {shown(key)}")
 
 
+def check_seed(seed: Any) -> None:
+    """Raises ValueError unless it is a whole number, 0 to 2^32 - 1."""
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number, 0 to 2^32 - 1, got {shown(seed)}")
+
+
 def plain(value: Any) -> Any:
     """An option as JSON holds it."""
     if is_list(value):

@@ -22,7 +22,8 @@ def passes(request: pipeline.Sampling) -> np.ndarray:
     """How often an image goes through each network, by who takes the step.
 
     Guidance sends it through twice, autoguidance through the first network too. Heun's methods ask
-    twice a step, PNDM in the first step, neither in a step to clean data.
+    twice a step, PNDM in the first step, none in a step to clean data nor, but for ``flow_heun``,
+    in one where alpha grows more than tenfold (``karras_slope``).
 
     Returns:
         float64 ``[K, N, K]``: entry ``[k, i, m]`` says how often it goes through network m in step
@@ -45,7 +46,11 @@ def passes(request: pipeline.Sampling) -> np.ndarray:
     name = solver.name if isinstance(solver, Solver) else solver
     twice = np.zeros(steps)
     twice[: {"heun": steps, "flow_heun": steps, "pndm": 1}.get(name, 0)] = 1
-    twice *= np.asarray(request.inputs.knots.sigma)[1:] > 0
+    knots = request.inputs.knots
+    alpha, sigma = np.asarray(knots.alpha), np.asarray(knots.sigma)
+    twice *= sigma[1:] > 0
+    if name != "flow_heun":
+        twice *= alpha[1:] <= 10 * alpha[:-1]
     return found * (1 + twice)[:, None]
 
 

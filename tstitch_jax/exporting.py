@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tstitch_jax import pipeline
+from tstitch_jax.checks import check_networks, check_seed
 from tstitch_jax.conditioning import Condition
 from tstitch_jax.files import check_writable, whole_file
 from tstitch_jax.parallel import mesh_of
@@ -78,8 +79,8 @@ def export(
 
     It returns images, float32 ``[B, H, W, C]`` in [-1, 1], those of ``sample`` with
     ``jax.random.key(seed)``. ``seed`` is uint32, ``labels`` int32 ``[B]``, ``plan`` int32 ``[N]``,
-    ``scales`` float32: the guidance scale of each guided network (of each step too, where one was
-    given by step).
+    ``scales`` float32: the guidance scale of each guided network (of each step too, where one or an
+    interval was given by step).
 
     Args:
         path: The file.
@@ -98,6 +99,8 @@ def export(
     wrong = [name for name in platforms if name not in PLATFORMS]
     if wrong or not platforms:
         raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, got {wrong}")
+    check_networks(networks)
+    check_seed(seed)
     if mesh_of(*networks, autoencoder) is not None:
         raise ValueError("a sampler is exported from networks on one device, not on a mesh")
     request = pipeline.prepare(

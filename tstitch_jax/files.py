@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What an ``.npz`` file that is cut, encrypted or no archive fails with."""
 
 
 def _temporary(path: Path) -> Path:

@@ -86,13 +86,12 @@ def _check_hosts(settings: dict[str, Any]) -> None:
 
 
 def _check(num: int, batch: int, seed: int) -> None:
-    for name, value, low in (("num", num, 1), ("batch", batch, 1), ("seed", seed, 0)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
+    for name, value in (("num", num), ("batch", batch)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
             raise ValueError(
-                f"{name} must be a whole number of at least {low}, got {checks.shown(value)}"
+                f"{name} must be a whole number of at least 1, got {checks.shown(value)}"
             )
-    if seed >= 2**32:
-        raise ValueError(f"seed must be below 2^32, got {checks.shown(seed)}")
+    checks.check_seed(seed)
     if batch > checks.MAX_BATCH:
         raise ValueError(f"batch must be at most {checks.MAX_BATCH}, got {checks.shown(batch)}")
 
@@ -216,12 +215,13 @@ def generate(
             settings, or another process works on it; before anything is compiled.
         OSError: If a file cannot be written, or another host has failed (``HostError``). What is
             done is kept.
+        FloatingPointError: If an image is not finite.
     """
     _check(num, batch, seed)
     num, batch, seed = int(num), int(batch), int(seed)
     if options.keys() - DEFAULTS.keys():
         wrong = ", ".join(sorted(options.keys() - DEFAULTS.keys()))
-        raise TypeError(f"generate takes no {wrong}; its options are {', '.join(DEFAULTS)}")
+        raise ValueError(f"generate takes no {wrong}; its options are {', '.join(DEFAULTS)}")
     options = DEFAULTS | options
     if not isinstance(options["solver"], str):
         raise ValueError("generate takes a solver by name, so that a job can be gone on with")
@@ -233,6 +233,17 @@ def generate(
             raise ValueError("negative and text_encoder go with prompts")
         if labels is None:
             labels = range(cards[-1].num_classes)
+        if not checks.is_list(labels) or any(checks.is_list(each) for each in labels):
+            raise ValueError(
+                "labels must be one list of whole numbers for all networks, got "
+                f"{checks.shown(labels)}"
+            )
+        few = min(cards, key=lambda card: card.num_classes)
+        if few.num_classes != cards[-1].num_classes:
+            raise ValueError(
+                f"{few.name} and {cards[-1].name} differ in their number of classes: all networks "
+                "of a job are given the same labels; sample takes a list for each"
+            )
         cycle: list[Any] = list(labels)
         encoders: list[TextEncoder] = []
         kept_texts: dict[str, Any] = {}

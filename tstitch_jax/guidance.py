@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from tstitch_jax.plan import Plan
+from tstitch_jax.plan import TOLERANCE, Plan
 from tstitch_jax.prediction import predict
 from tstitch_jax.stitch import stitch
 from tstitch_jax.types import Cond, Denoiser, Knots, Params, Prediction
@@ -170,7 +170,7 @@ def guidance_interval(scale: float, knots: Knots, low: float, high: float) -> np
         scale: The scale within.
         knots: The sampling grid.
         low: Steps are guided at levels sigma / alpha above this,
-        high: and up to this; may be infinite.
+        high: and up to this; may be infinite. Levels within 1e-6 of a bound are at it.
 
     Returns:
         float32 ``[N]``, for ``cfg`` and ``autoguide``.
@@ -186,4 +186,5 @@ def guidance_interval(scale: float, knots: Knots, low: float, high: float) -> np
         )
     with np.errstate(divide="ignore"):
         level = np.asarray(knots.sigma[:-1], np.float64) / np.asarray(knots.alpha[:-1], np.float64)
-    return np.where((level > low) & (level <= high), scale, 1).astype(np.float32)
+    within = (level > low * (1 + TOLERANCE)) & (level <= high * (1 + TOLERANCE))
+    return np.where(within, scale, 1).astype(np.float32)

@@ -94,6 +94,7 @@ class Hosts:
                     self._say(stage=f"failed: {said}")
                     raise HostError(said)
                 time.sleep(BEAT / 10)
+                self._say()  # the first may have come before there was a folder
             self._thread.start()
         return self
 
@@ -154,9 +155,9 @@ class Hosts:
                 )
         return self._others
 
-    def wait(self, hosts: Iterable[int], *stages: str) -> Iterator[dict[int, dict[str, Any]]]:
-        """Yields what ``check`` returns, again and again, until these hosts are at these stages."""
+    def wait(self, hosts: Iterable[int], stage: str) -> Iterator[dict[int, dict[str, Any]]]:
+        """Yields what ``check`` returns, again and again, until these hosts are at this stage."""
         wanted = set(hosts) - {self.index}
-        while not all(self.check().get(i, {}).get("stage") in stages for i in wanted):
+        while not all(self.check().get(i, {}).get("stage") == stage for i in wanted):
             yield self._others
             time.sleep(BEAT / 2)

@@ -30,10 +30,12 @@ def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
         devices: Which devices; all of all hosts by default.
 
     Raises:
-        ValueError: If ``model`` does not divide their number.
+        ValueError: If ``model`` does not divide their number, or there are none.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if not isinstance(model, int) or model < 1 or len(devices) % model:
+    if not devices:
+        raise ValueError("a mesh needs at least one device, got none")
+    if not isinstance(model, int) or isinstance(model, bool) or model < 1 or len(devices) % model:
         raise ValueError(
             f"model must be a whole number that divides the number of devices, {len(devices)}, "
             f"got {model!r}"

@@ -422,9 +422,7 @@ def prepare(
                 f"got {shown(cfg_channels)}"
             )
         cfg_channels = int(cfg_channels)
-    cfg_rescale = check_number("cfg_rescale", cfg_rescale)
-    if not 0 <= cfg_rescale <= 1:
-        raise ValueError(f"cfg_rescale must be between 0 and 1, got {cfg_rescale:g}")
+    cfg_rescale = check_number("cfg_rescale", cfg_rescale, low=0, high=1)
     if cfg_rescale and all(scale is None for scale in scales):
         raise ValueError("cfg_rescale rescales guidance, but cfg_scale None guides nowhere")
     if auto_scale is not None:

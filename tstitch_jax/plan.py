@@ -16,8 +16,8 @@ from tstitch_jax.checks import as_array, check_number, is_list, shown
 from tstitch_jax.files import whole_file
 from tstitch_jax.types import Knots, Leaf, Schedule
 
-_TOLERANCE = 1e-6
-"""Of compared progress, as the times of knots are float32: 0.1 + 0.2 is 0.3 here."""
+TOLERANCE = 1e-6
+"""Of what is compared with knots, which are float32: 0.1 + 0.2 is 0.3 here."""
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +113,7 @@ class Plan:
         step, count = _places(knots, schedule)
         progress = 1 - step / count
         bounds = np.cumsum(np.asarray(fractions, np.float64))[:-1]
-        networks = (progress[:, None] > bounds + _TOLERANCE).sum(axis=1)
+        networks = (progress[:, None] > bounds + TOLERANCE).sum(axis=1)
         return cls.from_list(networks, len(fractions))
 
     @classmethod
@@ -129,7 +129,8 @@ class Plan:
         """
         bounds = _check_bounds("times", bounds, knots, sign=-1)
         time = np.asarray(knots.time[:-1], np.float64)
-        return cls.from_list((time[:, None] < bounds - _TOLERANCE).sum(axis=1), len(bounds) + 1)
+        bounds = bounds - TOLERANCE * np.clip(np.abs(bounds), 1, 1e9)  # those may be infinite
+        return cls.from_list((time[:, None] < bounds).sum(axis=1), len(bounds) + 1)
 
     @classmethod
     def from_snr(cls, bounds: Sequence[float | int] | np.ndarray, knots: Knots) -> Plan:
@@ -147,7 +148,7 @@ class Plan:
         bounds = _check_bounds("ratios", bounds, knots, sign=1)
         alpha, sigma = (np.asarray(leaf[:-1], np.float64) for leaf in (knots.alpha, knots.sigma))
         snr = np.square(alpha / sigma)
-        above = snr[:, None] > bounds * (1 + _TOLERANCE)
+        above = snr[:, None] > bounds * (1 + TOLERANCE)
         return cls.from_list(above.sum(axis=1), len(bounds) + 1)
 
     @classmethod
@@ -215,7 +216,7 @@ class Plan:
         With a fraction of 1 the first network takes all, also a step at time 0.
         """
         (step, count), fraction = _places(knots, schedule), _check_fraction(fraction)
-        small = (step / count > 1 - fraction + _TOLERANCE) | (fraction == 1)
+        small = (step / count > 1 - fraction + TOLERANCE) | (fraction == 1)
         return cls.from_list(1 - small.astype(int), 2)
 
     @classmethod
@@ -225,16 +226,16 @@ class Plan:
         It goes by the step i of N, not by its time.
         """
         progress = np.arange(1, _check_steps(steps) + 1) / steps
-        return cls.from_list((progress > _check_fraction(fraction) + _TOLERANCE).astype(int), 2)
+        return cls.from_list((progress > _check_fraction(fraction) + TOLERANCE).astype(int), 2)
 
     @classmethod
     def lcm(cls, fraction: float, steps: int) -> Plan:
         """The published program's rule for LCM: ``i / N <= fraction``, but no step at fraction 0.
 
-        So any other fraction gives the first network one step more than Stable Diffusion's rule.
+        So any other fraction below 1 gives the first network one step more than Stable Diffusion's.
         """
         progress, fraction = np.arange(_check_steps(steps)) / steps, _check_fraction(fraction)
-        small = (progress <= fraction + _TOLERANCE) & (fraction > 0)
+        small = (progress <= fraction + TOLERANCE) & (fraction > 0)
         return cls.from_list(1 - small.astype(int), 2)
 
     def reversed(self) -> Plan:
@@ -389,7 +390,7 @@ def _places(knots: Knots, schedule: Schedule) -> tuple[np.ndarray, int]:
             f"got {type(knots).__name__} and {type(schedule).__name__}"
         )
     time, count = np.asarray(knots.time[:-1], np.float64), schedule.num_train_steps
-    if time.max() > schedule.times[-1] + _TOLERANCE:
+    if time.max() > schedule.times[-1] + TOLERANCE:
         raise ValueError(
             f"the knots start at time {time.max():g}, but the schedule {schedule.name!r} ends at "
             f"{schedule.times[-1]:g}; give the one that they were made from"

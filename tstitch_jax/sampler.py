@@ -107,7 +107,7 @@ def run(
         of it and those, in this order, each ``[N, B, H, W, C]``.
 
     Raises:
-        ValueError: If a stochastic solver has neither keys nor noise, or the noise has another
+        ValueError: If a stochastic solver has not one of keys and noise, or the noise has another
             number of steps than the knots.
     """
     knots = _check(solver, knots, keys, noise)

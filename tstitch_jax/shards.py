@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tstitch_jax.files import held_folder, remove_unfinished, whole_file
+from tstitch_jax.files import DAMAGED, held_folder, remove_unfinished, whole_file
 
 SETTINGS, SAMPLES = "settings.json", "samples.npz"
 
@@ -116,7 +116,7 @@ class Shards:
         try:
             with np.load(self._file(k), allow_pickle=False) as stored:
                 pixels, checksum = stored["images"], str(stored["checksum"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError):
+        except DAMAGED:
             return None
         fits = pixels.dtype == np.uint8 and pixels.shape == (self.batch, *self.shape)
         return pixels if fits and checksum == self._checksum(k, pixels) else None

@@ -196,8 +196,8 @@ class _Job:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and NumPy's numbers for JSON; raises TypeError for all else."""
-    if isinstance(value, np.ndarray | np.generic):
+    """Arrays and their numbers for JSON; raises TypeError for all else."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
         return value.tolist()
     raise TypeError(f"settings are numbers, texts and lists, got {value!r:.80}")
 
@@ -533,6 +533,10 @@ def _draw(way: _Way, images: Path, file: Path) -> None:
     pictures.write_png(picture, file)
 
 
+def _hashes(reference: dict[str, Any] | None) -> Any:
+    return reference and (reference["sha256"], reference["statistics"])
+
+
 def _measure(job: _Job, way: _Way, seed: int, out: Path, bar: tqdm, weight: float) -> None:
     """Images of a point and seed, and then their values, in a file that is there when all is."""
     config, name = job.config, f"{way.name}-seed{seed}"
@@ -546,6 +550,13 @@ def _measure(job: _Job, way: _Way, seed: int, out: Path, bar: tqdm, weight: floa
         images, job.reference, features=job.features, metrics=config.metrics,
         prompts=_prompts_of_images(config), cache=out / ".features", progress=False,
     )  # fmt: skip
+    for other in out.glob("results/*.json"):
+        known = _read(other)
+        if isinstance(known, dict) and _hashes(known["reference"]) != _hashes(found.reference):
+            raise ValueError(
+                f"the reference {config.reference} is no longer that of {other}; restore it, or "
+                "choose another folder"
+            )
     if seed == config.seeds[0]:
         _draw(way, images, out / "pictures" / f"{way.name}.png")
     result.parent.mkdir(exist_ok=True)
@@ -686,9 +697,9 @@ def sweep(
 
     First the time of each, without compilation, in rounds that go through all points; then images
     and their values, one seed of all points before the next. Points of one number of networks,
-    images, steps and solver share their compiled programs, one that is timed and one that
-    generates. Stopped at any moment, it goes on where it was when it is called again; points and
-    seeds may then have been added.
+    images, steps and solver, with networks of the same architectures and the same kind of guidance,
+    share their compiled programs, one that is timed and one that generates. Stopped at any moment,
+    it goes on where it was when it is called again; points and seeds may then have been added.
 
     Args:
         config: The sweep.
@@ -705,7 +716,8 @@ def sweep(
     Raises:
         ValueError: If a point, the reference or a setting is not as said (the error names the
             point), or the folder holds other things or a sweep of other settings; before anything
-            is computed.
+            is computed. Also if the reference is found to be another one under the same name, after
+            the images of the next point.
         OSError: If a file cannot be written. What is done is kept.
         FloatingPointError: If a point's images are not finite.
     """

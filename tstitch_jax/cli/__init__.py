@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -245,9 +248,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
     arguments = make_parser().parse_args(argv)
     status = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # no result is lost to a terminal of ASCII
     try:
         keep_programs()
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except (ValueError, OSError, FloatingPointError) as error:
         # Names out of a file may hold anything, such as control sequences.
         line = re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(error).split()))

@@ -21,14 +21,22 @@ def _names() -> dict[str, list[str]]:
     from tstitch_jax.schedules import SPACINGS
     from tstitch_jax.solvers import SOLVERS
 
-    known = {name: entry.family for name, entry in hub.PUBLIC.items()}
-    coders = [name for name, family in known.items() if family == "autoencoder"]
-    denoisers = [name for name, family in known.items() if family in ("dit", "sit")]
     embedded = hub.embedded_names()
+
+    def public(*families: str) -> list[str]:
+        return [name for name, entry in hub.PUBLIC.items() if entry.family in families]
+
     return {
-        "networks": [*(name for name in embedded if "features" not in name), *denoisers],
-        "features": ["inception", *(name for name in embedded if "features" in name)],
-        "autoencoder": coders,
+        "networks": [
+            *(name for name in embedded if "features" not in name),
+            *public("dit", "sit", "unet"),
+        ],
+        "features": [
+            *public("inception", "clip"),
+            *(name for name in embedded if "features" in name),
+        ],
+        "autoencoder": public("autoencoder"),
+        "text_encoder": public("text_encoder"),
         "solver": list(SOLVERS),
         "spacing": list(SPACINGS),
         "metrics": list(METRICS),

@@ -77,8 +77,9 @@ def _show(result: Evaluation) -> None:
     print(f"\nsamples:   {result.samples['num']} images, {printable(result.samples['name'])}")
     if result.reference is not None:
         said = result.reference["num"]
-        num = f"{said} images" if said else "statistics"
-        print(f"reference: {num}, {printable(result.reference['name'])}")
+        num = f"{said} images" if said else "statistics" if result.reference["statistics"] else ""
+        name = printable(result.reference["name"])
+        print(f"reference: {', '.join(filter(None, [num, name]))}")
     print(f"features:  {features['name']}, {features['dtype']}, {features['checksum'][:12]}")
     for note in result.notes:
         print(f"note: {printable(note)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tstitch_jax.files import whole_file
+from tstitch_jax.files import DAMAGED, whole_file
 from tstitch_jax.types import FeatureNetwork, Features, Params
 
 UNIT = 32
@@ -144,7 +143,7 @@ class Kept:
         try:
             with np.load(file, allow_pickle=False) as stored:
                 return Features(**{name: stored[name] for name in stored.files})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, TypeError):
+        except (*DAMAGED, TypeError):
             features = compute(pixels)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

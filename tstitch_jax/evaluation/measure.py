@@ -182,6 +182,11 @@ def _values(
     return {metric: values[metric] for metric in chosen}, errors
 
 
+def _is_sorted(labels: np.ndarray) -> bool:
+    """Whether images of several classes go class by class; one image of each says nothing."""
+    return bool((np.diff(labels) >= 0).all()) and 1 < len(np.unique(labels)) < len(labels)
+
+
 def _description(source: Source, measured: _Measured | None) -> dict[str, Any]:
     """What a set is, for the report."""
     num = int(source.statistics.get("num", 0)) if measured is None else measured.num
@@ -189,7 +194,7 @@ def _description(source: Source, measured: _Measured | None) -> dict[str, Any]:
     return {
         "name": source.name,
         "num": num,
-        "sorted": labels is not None and bool((np.diff(labels) >= 0).all() and labels.any()),
+        "sorted": labels is not None and _is_sorted(labels),
         "image_shape": list(source.shape),
         "sha256": "" if measured is None else measured.digest,
         "statistics": {

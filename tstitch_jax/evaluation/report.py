@@ -42,8 +42,9 @@ class Evaluation:
 
     Attributes:
         metrics: The measures by key, as ``metric_key`` gives it.
-        errors: Of some of them: the numerical error of distances, the standard error of the kernel
-            distance and of the CLIP score, the standard deviation of the score over its splits.
+        errors: Of some of them: the numerical error of distances, the standard error of the fitted
+            distance, of the kernel distance and of the CLIP score, the standard deviation of the
+            score over its splits.
         samples, reference: Name, number of images, SHA-256 over their pixels, settings, what was
             skipped.
         features: Name, checksum, source and dtype of the feature network.

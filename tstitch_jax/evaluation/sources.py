@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tstitch_jax.checks import as_array, shown
+from tstitch_jax.files import DAMAGED
 from tstitch_jax.records import open_records
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -107,12 +107,6 @@ def from_array(name: str, images: np.ndarray, labels: np.ndarray | None = None) 
     )  # fmt: skip
 
 
-_DAMAGED = (
-    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-"""What a file that is cut, encrypted or no archive fails with; NotImplementedError is of them."""
-
-
 @contextlib.contextmanager
 def _member(path: Path, name: str) -> Iterator[tuple[Any, tuple[int, ...], np.dtype]]:
     """An array of an ``.npz``, open behind its header, with its shape and dtype."""
@@ -178,7 +172,7 @@ def _open_npz(path: Path, array: str) -> Source:
             names = stored.files
             statistics = _statistics(path, stored) if key == "arr_0" else {}
             labels = stored[of] if of in names and of != key else None
-    except _DAMAGED as error:
+    except DAMAGED as error:
         text = "it is no archive" if "pickled" in str(error) else str(error)
         raise ValueError(
             text if text.startswith(str(path)) else f"cannot read {path} as .npz: {text}"
@@ -196,7 +190,7 @@ def _open_npz(path: Path, array: str) -> Source:
     try:
         with _member(path, key) as (_, shape, dtype):
             pass
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise ValueError(f"cannot read {key} of {path}: {error}") from None
     _check_array(f"{key} of {path}", shape, dtype)
     if labels is not None:
@@ -214,7 +208,7 @@ def _open_npz(path: Path, array: str) -> Source:
                         raise EOFError("it is cut off")
                     batch = np.frombuffer(data, np.uint8).reshape(rows, *inner)
                     yield batch
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise ValueError(f"cannot read {key} of {path}: {error}") from None
 
     return Source(
@@ -329,7 +323,8 @@ def _open_generated(path: Path) -> Source:
     """The folder of a job of ``tstitch generate`` that is through."""
     if not (path / "samples.npz").is_file():
         raise ValueError(
-            f"{path} has no samples.npz: tstitch generate is not through with it; run it again"
+            f"{path} has settings.json and no samples.npz: a job of tstitch generate that is not "
+            "through (run it again), or no folder of images"
         )
     source = _open_npz(path / "samples.npz", "arr_0")
     try:

@@ -66,8 +66,8 @@ def open_images(spec: str, split: str = "train") -> Images:
     try:
         with np.load(spec) as arrays:
             images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-    except KeyError as error:
-        raise NoSplit(f"{spec} has no array {error}; it needs x_{split} and y_{split}") from None
+    except KeyError:
+        raise NoSplit(f"{spec} lacks one of the arrays x_{split} and y_{split}") from None
     except Exception as error:  # a file that is cut or no archive fails in many ways
         raise ValueError(f"cannot read {spec} as .npz: {error}") from None
     return ArrayImages(images, labels)

@@ -250,6 +250,9 @@ def _cut_log(file: Path, step: int) -> None:
         return
     with file.open(newline="") as stream:
         header, *rows = list(csv.reader(stream)) or [[]]
+    if not header:
+        file.unlink()
+        return
     kept = [row for row in rows if row and int(row[0]) <= step]
     text = io.StringIO(newline="")
     csv.writer(text).writerows([header, *kept])
@@ -330,7 +333,10 @@ def train(
         The network with averaged parameters, a ``Network`` or a ``FeatureNetwork``.
 
     Raises:
-        ValueError: If settings and data do not fit, or ``out`` holds a run with other settings.
+        ValueError: If settings and data do not fit, or ``out`` holds other things or a run with
+            other settings, or another process works on it.
+        OSError: If it cannot be written.
+        FloatingPointError: If the loss is not finite.
         KeyboardInterrupt: If it was asked to stop, and has saved.
     """
     import orbax.checkpoint as ocp
@@ -406,6 +412,7 @@ def train(
             log = csv.writer(stream)
             if new_log:
                 log.writerow(["step", "loss", "gradient_norm", *["accuracy"] * classifies])
+                stream.flush()
             pending = []  # metrics left on the device, so that it need not wait for the host
             for step in range(start, config.steps):
                 x, y = images.read(
