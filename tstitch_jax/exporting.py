@@ -79,8 +79,8 @@ def export(
 
     It returns images, float32 ``[B, H, W, C]`` in [-1, 1], those of ``sample`` with
     ``jax.random.key(seed)``. ``seed`` is uint32, ``labels`` int32 ``[B]``, ``plan`` int32 ``[N]``,
-    ``scales`` float32: the guidance scale of each guided network (of each step too, where one or an
-    interval was given by step).
+    ``scales`` float32: the guidance scale of each guided network (of each step too, where one was
+    given by step, or an interval).
 
     Args:
         path: The file.
