@@ -360,7 +360,7 @@ def test_normalize():
     [
         (
             dict(x_train=np.zeros((3, 8, 8), np.uint8)),
-            "lacks one of the arrays x_train and y_train",
+            "needs the arrays x_train and y_train; it has x_train$",
         ),
         (dict(x_train=np.zeros((3, 8, 8)), y_train=np.arange(3)), "must be uint8 .* got float64"),
         (dict(x_train=np.zeros((3, 8, 8), np.uint8), y_train=np.arange(2)), "3 whole numbers"),

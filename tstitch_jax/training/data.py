@@ -63,14 +63,19 @@ def open_images(spec: str, split: str = "train") -> Images:
         return open_records(spec.removeprefix("tfds:"), split)
     if not os.path.isfile(spec):
         raise ValueError(f"no data at {spec}; give an .npz file, or tfds:NAME")
+    needed = [f"x_{split}", f"y_{split}"]
     try:
         with np.load(spec) as arrays:
-            images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-    except KeyError:
-        raise NoSplit(f"{spec} lacks one of the arrays x_{split} and y_{split}") from None
+            names = arrays.files
+            found = [arrays[name] for name in needed if name in names]
     except Exception as error:  # a file that is cut or no archive fails in many ways
         raise ValueError(f"cannot read {spec} as .npz: {error}") from None
-    return ArrayImages(images, labels)
+    if len(found) < len(needed):
+        raise NoSplit(
+            f"{spec} needs the arrays {' and '.join(needed)}; "
+            f"it has {', '.join(names[:8]) or 'nothing'}"
+        )
+    return ArrayImages(*found)
 
 
 def batch_indices(seed: int, step: int, batch: int, size: int) -> np.ndarray:
