@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import SIDE, Conversion, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, conv, layer, same
+from tstitch_jax.checks import shown
 from tstitch_jax.types import AutoencoderCard
 
 SCALING_FACTOR = 0.18215
@@ -179,7 +180,7 @@ def _convert(
             f"config.json: sample_size is {side}, expected a multiple of {2 ** (len(widths) - 1)}"
         )
     if type(scale) not in (int, float) or not 1e-6 < scale < 1e6:
-        raise CheckpointError(f"config.json: scaling_factor is {scale!r:.60}, expected about 0.18")
+        raise CheckpointError(f"config.json: scaling_factor is {shown(scale)}, expected about 0.18")
     card = AutoencoderCard(
         name="",
         architecture="autoencoder",

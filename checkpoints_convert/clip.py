@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, layer, linear, patches, same
+from tstitch_jax.checks import shown
 from tstitch_jax.networks.clip import ACTIVATIONS
 from tstitch_jax.types import FeatureCard, TextEncoderCard
 
@@ -172,7 +173,7 @@ def whole(
         for key in (name, f"{name}_dict"):
             found = config.get(key) or {}
             if not isinstance(found, dict):
-                raise CheckpointError(f"config.json: {key} is {found!r:.60}, expected an object")
+                raise CheckpointError(f"config.json: {key} is {shown(found)}, expected an object")
             said |= found
         return said
 

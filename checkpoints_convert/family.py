@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.rules import Rule, Tensor
+from tstitch_jax.checks import shown
 from tstitch_jax.types import BaseCard
 
 
@@ -68,11 +69,11 @@ def check_config(
     for key, value in expected.items():
         allowed = value if isinstance(value, tuple) else (value,)
         if key in config and config[key] not in allowed:
-            shown = " or ".join(map(repr, allowed))
-            wrong.append(f"{key} is {config[key]!r:.60}, expected {shown}")
+            choice = " or ".join(map(repr, allowed))
+            wrong.append(f"{key} is {shown(config[key])}, expected {choice}")
     for key, most in (whole or {}).items():
         if key in config and not (type(config[key]) is int and 1 <= config[key] <= most):
-            wrong.append(f"{key} is {config[key]!r:.60}, expected a whole number up to {most}")
+            wrong.append(f"{key} is {shown(config[key])}, expected a whole number up to {most}")
     if wrong:
         raise CheckpointError(f"{file}: {'; '.join(wrong)}")
 

@@ -11,6 +11,7 @@ import numpy as np
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import SCHEDULER, SIDE, Conversion, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, conv, layer, linear, same
+from tstitch_jax.checks import shown
 from tstitch_jax.networks import unet
 from tstitch_jax.schedules import make_schedule
 from tstitch_jax.types import Card
@@ -238,7 +239,7 @@ def _per_level(name: str, value: Any, levels: int) -> tuple[int, ...]:
         or not all(type(n) is int and n > 0 for n in numbers)
     ):
         raise CheckpointError(
-            f"config.json: {name} is {value!r:.60}, expected a whole number or {levels} of them"
+            f"config.json: {name} is {shown(value)}, expected a whole number or {levels} of them"
         )
     return tuple(numbers)
 

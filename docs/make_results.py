@@ -25,7 +25,7 @@ import tstitch_jax as ts
 from tstitch_jax import charts, pipeline
 from tstitch_jax.cli.text import load_config
 from tstitch_jax.costs import pareto_front
-from tstitch_jax.files import whole_file
+from tstitch_jax.files import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -527,9 +527,7 @@ def main() -> None:
         measure_calibration()
         draw_three()
     file = HERE / "results.md"
-    text = page(file.read_text())
-    with whole_file(file) as stream:
-        stream.write(text.encode())
+    write_text(file, page(file.read_text()))
 
 
 if __name__ == "__main__":

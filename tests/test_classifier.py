@@ -225,7 +225,7 @@ def test_a_split_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(shift=-1), "shift must be a whole number of at least 0, got -1"),
+        (dict(shift=-1), "shift must be a whole number, 0 to 4294967295, got -1"),
         (dict(flip=2.0), "flip must be a number from 0 to 1, got 2.0"),
         (dict(label_smoothing=-0.1), "label_smoothing must be a number from 0 to 1, got -0.1"),
         (dict(card=dict(num_classes=3)), "has labels 0 to 3, the network takes 0 to 2"),

@@ -293,10 +293,10 @@ def test_bad_input(network, tmp_path):
     out = tmp_path / "job"
     for change, message in (
         (dict(num=0), r"num must be a whole number of at least 1, got 0"),
-        (dict(batch=0), r"batch must be .* at least 1, got 0"),
+        (dict(batch=0), r"batch must be .*, 1 to 65536, got 0"),
         (dict(seed=-1), r"seed must be .* got -1"),
-        (dict(seed=2**32), r"seed must be a whole number, 0 to 2\^32 - 1, got 4294967296"),
-        (dict(batch=10**12), r"batch must be at most 65536, got 1000000000000"),
+        (dict(seed=2**32), r"seed must be a whole number, 0 to 4294967295, got 4294967296"),
+        (dict(batch=10**12), r"batch must be a whole number, 1 to 65536, got 1000000000000"),
         (dict(labels=[11]), r"labels must be 0 to 9, got 11"),
         (dict(labels=[]), r"labels must be a list"),
         (dict(solver=ts.ddim()), r"solver by name"),

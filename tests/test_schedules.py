@@ -121,8 +121,14 @@ def test_unknown_schedule_says_the_near_one():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_schedule("linear", 3), "num_train_steps must be 21 to 1048576, got 3"),
-        (lambda: make_schedule("linear", 10**400), "must be 21 to 1048576, got 1000"),
+        (
+            lambda: make_schedule("linear", 3),
+            "num_train_steps must be a whole number, 21 to 1048576, got 3",
+        ),
+        (
+            lambda: make_schedule("linear", 10**400),
+            "must be a whole number, 21 to 1048576, got 1000",
+        ),
         (lambda: make_schedule(["linear"]), r"unknown schedule \['linear'\]; did you mean"),
         (lambda: make_schedule("linear", betas=[[1e-4], [1e-4, 0.02]]), "betas are a first and a"),
         (lambda: respace(1000, "9" * 5000), "a number like 50, sections .* got '9{79}$"),

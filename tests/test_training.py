@@ -276,11 +276,11 @@ def test_previews_are_asked_for_at_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(steps=0), "steps must be a whole number of at least 1, got 0"),
-        (dict(batch=-1), "batch must be a whole number of at least 1, got -1"),
-        (dict(seed=2**32), r"seed must be below 2\^32, got 4294967296"),
+        (dict(steps=0), "steps must be a whole number, 1 to 4294967295, got 0"),
+        (dict(batch=-1), "batch must be a whole number, 1 to 4294967295, got -1"),
+        (dict(seed=2**32), "seed must be a whole number, 0 to 4294967295, got 4294967296"),
         (dict(data=Path("x.npz")), "data must be text, such as 'tfds:mnist', got PosixPath"),
-        (dict(seed=-1), "seed must be a whole number of at least 0, got -1"),
+        (dict(seed=-1), "seed must be a whole number, 0 to 4294967295, got -1"),
         (dict(label_dropout=5.0), "label_dropout must be a number from 0 to 1, got 5.0"),
         (dict(ema=float("nan")), "ema must be a number from 0 to 1, got nan"),
         (dict(min_snr=-1.0), "min_snr must be a number"),

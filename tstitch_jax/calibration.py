@@ -27,9 +27,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tstitch_jax import parallel, pipeline
-from tstitch_jax.checks import check_key, check_networks, check_number, is_list, plain, shown
+from tstitch_jax.checks import (
+    check_key,
+    check_networks,
+    check_number,
+    check_whole,
+    is_list,
+    plain,
+    shown,
+)
 from tstitch_jax.costs import pareto_front, pass_seconds, passes
-from tstitch_jax.files import whole_file
+from tstitch_jax.files import write_text
 from tstitch_jax.plan import Plan
 from tstitch_jax.types import Key, Knots, Network, Solver
 
@@ -140,7 +148,7 @@ class Calibration:
         if not isinstance(plan, Plan) or (plan.num_networks, plan.steps) != (count, steps):
             raise ValueError(
                 f"this was calibrated for plans of {steps} steps by {count} networks, "
-                f"got {plan!r:.80}"
+                f"got {shown(plan)}"
             )
         return _expected(plan, self._gram, self.costs)
 
@@ -164,8 +172,7 @@ class Calibration:
         Raises:
             OSError: If the file cannot be written.
         """
-        with whole_file(Path(path)) as stream:
-            stream.write((self.to_json() + "\n").encode())
+        write_text(Path(path), self.to_json() + "\n")
 
 
 def _digits(value: float) -> float:
@@ -451,8 +458,7 @@ def _conditioned(
     networks: Sequence[Network], labels: Any, conditions: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Labels and prompts, one for each condition."""
-    if not isinstance(conditions, int | np.integer) or conditions < 4:
-        raise ValueError(f"conditions must be a whole number of at least 4, got {conditions!r:.80}")
+    check_whole("conditions", conditions, 4)
     classes = [network.card.num_classes for network in networks if network.card.context is None]
     if labels is None and classes:
         labels = list(range(classes[-1]))

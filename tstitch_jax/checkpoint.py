@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.checks import shown
+from tstitch_jax.checks import first_line, shown
 from tstitch_jax.networks import (
     ARCHITECTURES,
     compute_dtypes,
@@ -570,7 +570,7 @@ def fill_folder(
         try:
             checkpointer.save(folder.absolute() / "params", params)
         except Exception as error:  # TensorStore's are ValueErrors, even if the disk is full
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            reason = first_line(error)
         if reason:
             for _ in range(20):  # until no thread adds to the folder
                 shutil.rmtree(folder, ignore_errors=True)
@@ -756,8 +756,7 @@ def load(folder: str | os.PathLike[str], dtype: Any = jnp.float32, *, on_host: b
     except jax.errors.JaxRuntimeError:  # of memory, or of another host: not of the folder
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is damaged.
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"network folder {path} is damaged: {first[:200]}") from error
+        raise ValueError(f"network folder {path} is damaged: {first_line(error)[:200]}") from error
     try:
         _, make = _KINDS_OF_CARD.get(card.architecture, _DENOISER)
         more = dict(files=files) if files is not None else {}

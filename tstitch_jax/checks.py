@@ -30,6 +30,11 @@ def shown(value: Any) -> str:
         return f"{type(value).__name__} of too many digits"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that some libraries add."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def printable(text: str) -> str:
     """One line without control sequences, which names out of a file may hold."""
     return "".join(c if c.isprintable() else "?" for c in text)
@@ -191,10 +196,22 @@ def check_key(key: Any) -> None:
         raise ValueError(f"key must be one key from jax.random.key, got {shown(key)}")
 
 
-def check_seed(seed: Any) -> None:
-    """Raises ValueError unless it is a whole number, 0 to 2^32 - 1."""
-    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number, 0 to 2^32 - 1, got {shown(seed)}")
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer of Python or NumPy; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: Any, low: int = 0, high: int | None = None) -> int:
+    """A whole number from ``low`` to ``high``."""
+    if not is_whole(value) or value < low or (high is not None and value > high):
+        bounds = f" of at least {low}" if high is None else f", {low} to {high}"
+        raise ValueError(f"{name} must be a whole number{bounds}, got {shown(value)}")
+    return int(value)
+
+
+def check_seed(seed: Any) -> int:
+    """A seed of ``jax.random.key``."""
+    return check_whole("seed", seed, 0, 2**32 - 1)
 
 
 def plain(value: Any) -> Any:

@@ -90,3 +90,13 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with whole_file(path) as stream:
+        stream.write(text.encode())

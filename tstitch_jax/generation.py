@@ -86,14 +86,9 @@ def _check_hosts(settings: dict[str, Any]) -> None:
 
 
 def _check(num: int, batch: int, seed: int) -> None:
-    for name, value in (("num", num), ("batch", batch)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                f"{name} must be a whole number of at least 1, got {checks.shown(value)}"
-            )
+    checks.check_whole("num", num, 1)
+    checks.check_whole("batch", batch, 1, checks.MAX_BATCH)
     checks.check_seed(seed)
-    if batch > checks.MAX_BATCH:
-        raise ValueError(f"batch must be at most {checks.MAX_BATCH}, got {checks.shown(batch)}")
 
 
 @dataclasses.dataclass

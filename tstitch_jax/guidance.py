@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from tstitch_jax.checks import shown
 from tstitch_jax.plan import TOLERANCE, Plan
 from tstitch_jax.prediction import predict
 from tstitch_jax.stitch import stitch
@@ -182,7 +183,7 @@ def guidance_interval(scale: float, knots: Knots, low: float, high: float) -> np
     if len(numbers) < 3 or not np.isfinite(scale) or not 0 <= low < high:
         raise ValueError(
             "a guidance interval needs a scale and levels 0 <= low < high, got scale "
-            f"{scale!r:.40}, {low!r:.40} and {high!r:.40}"
+            f"{shown(scale)}, {shown(low)} and {shown(high)}"
         )
     with np.errstate(divide="ignore"):
         level = np.asarray(knots.sigma[:-1], np.float64) / np.asarray(knots.alpha[:-1], np.float64)

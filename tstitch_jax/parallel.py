@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tstitch_jax.checks import is_whole, shown
 from tstitch_jax.types import Autoencoder, FeatureNetwork, Network, Params, TextEncoder
 
 DATA, MODEL = "data", "model"
@@ -35,10 +36,10 @@ def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else list(devices)
     if not devices:
         raise ValueError("a mesh needs at least one device, got none")
-    if not isinstance(model, int) or isinstance(model, bool) or model < 1 or len(devices) % model:
+    if not is_whole(model) or model < 1 or len(devices) % model:
         raise ValueError(
             f"model must be a whole number that divides the number of devices, {len(devices)}, "
-            f"got {model!r}"
+            f"got {shown(model)}"
         )
     # Neighbours share a network; automatic axes are those that jit spreads by itself.
     grid = np.array(devices).reshape(-1, model)

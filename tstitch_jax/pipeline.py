@@ -395,7 +395,7 @@ def prepare(
         fractions = check_fractions(fractions, len(networks))
         plan = Plan.from_fractions(fractions, knots, schedule)
     if not isinstance(plan, Plan):
-        raise ValueError(f"plan must be a ts.Plan, got {plan!r:.80}; see Plan.from_list")
+        raise ValueError(f"plan must be a ts.Plan, got {shown(plan)}; see Plan.from_list")
     plan = Plan.from_list(plan.networks, plan.num_networks)
     if plan.num_networks != len(networks):
         raise ValueError(f"the plan is for {plan.num_networks} networks, got {len(networks)}")

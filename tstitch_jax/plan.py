@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tstitch_jax.checks import as_array, check_number, is_list, shown
-from tstitch_jax.files import whole_file
+from tstitch_jax.checks import as_array, check_number, check_whole, is_list, is_whole, shown
+from tstitch_jax.files import write_text
 from tstitch_jax.types import Knots, Leaf, Schedule
 
 TOLERANCE = 1e-6
@@ -56,8 +56,7 @@ class Plan:
             raise ValueError(
                 f"a plan is a list of whole numbers, one a step, got {shown(networks)}"
             )
-        if not _is_whole(num_networks) or num_networks < 1:
-            raise ValueError(f"num_networks must be a whole number, got {shown(num_networks)}")
+        num_networks = check_whole("num_networks", num_networks, 1, 2**31 - 1)
         if len(array) > _MOST_STEPS:
             raise ValueError(f"a plan has at most {_MOST_STEPS} steps, got {len(array)}")
         if array.min() < 0 or array.max() >= num_networks:
@@ -65,7 +64,7 @@ class Plan:
                 f"a plan for {num_networks} networks holds numbers 0 to {num_networks - 1}, "
                 f"got {array.min()} to {array.max()}"
             )
-        return cls(array.astype(np.int32), int(num_networks))
+        return cls(array.astype(np.int32), num_networks)
 
     @classmethod
     def from_counts(cls, counts: Sequence[int] | np.ndarray) -> Plan:
@@ -195,9 +194,7 @@ class Plan:
         """
         first = check_number("the first probability", first, low=0, high=1)
         last = check_number("the last probability", last, low=0, high=1)
-        if not _is_whole(seed):
-            raise ValueError(f"the seed must be a whole number, at least 0, got {shown(seed)}")
-        drawn = np.random.default_rng(seed).random(_check_steps(steps))
+        drawn = np.random.default_rng(check_whole("seed", seed)).random(_check_steps(steps))
         return cls.from_list((drawn >= np.linspace(first, last, steps)).astype(int), 2)
 
     @classmethod
@@ -248,8 +245,7 @@ class Plan:
         Raises:
             ValueError: If there are not so many, or none.
         """
-        if not _is_whole(count) or not 1 <= count <= self.steps:
-            raise ValueError(f"the last steps must be 1 to {self.steps}, got {shown(count)}")
+        count = check_whole("the number of last steps", count, 1, self.steps)
         return Plan(self.networks[-count:], self.num_networks)
 
     def counts(self) -> tuple[int, ...]:
@@ -330,7 +326,7 @@ class Plan:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"a plan is JSON such as {_EXAMPLE}, but {error}") from None
         number, runs = (data.get(k) for k in ("num_networks", "runs")) if _is_plan(data) else (0, 0)
-        if not _is_whole(number) or not isinstance(runs, list) or not all(map(_is_run, runs)):
+        if not is_whole(number) or not isinstance(runs, list) or not all(map(_is_run, runs)):
             raise ValueError(f"a plan is JSON such as {_EXAMPLE}, got {shown(text)}")
         steps = sum(run[1] for run in runs)
         if steps > _MOST_STEPS:
@@ -348,8 +344,7 @@ class Plan:
         file = Path(path)
         if not file.name:
             raise ValueError(f"path must name a file to write the plan to, got {shown(path)}")
-        with whole_file(file) as stream:
-            stream.write((self.to_json() + "\n").encode())
+        write_text(file, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -372,14 +367,10 @@ def _is_plan(data: object) -> bool:
     return isinstance(data, dict) and data.keys() - {"calibration"} == {"num_networks", "runs"}
 
 
-def _is_whole(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        return False
-    return 0 <= int(value) < 2**31
-
-
 def _is_run(run: object) -> bool:
-    return isinstance(run, list) and len(run) == 2 and all(map(_is_whole, run)) and run[1] > 0
+    if not isinstance(run, list) or len(run) != 2 or not all(map(is_whole, run)):
+        return False
+    return 0 <= run[0] < 2**31 and 0 < run[1] < 2**31
 
 
 def _places(knots: Knots, schedule: Schedule) -> tuple[np.ndarray, int]:
@@ -399,11 +390,7 @@ def _places(knots: Knots, schedule: Schedule) -> tuple[np.ndarray, int]:
 
 
 def _check_steps(steps: int) -> int:
-    if not _is_whole(steps) or not 1 <= steps <= _MOST_STEPS:
-        raise ValueError(
-            f"steps must be a whole number, at least 1, at most {_MOST_STEPS}, got {shown(steps)}"
-        )
-    return int(steps)
+    return check_whole("steps", steps, 1, _MOST_STEPS)
 
 
 def _check_fraction(fraction: float) -> float:

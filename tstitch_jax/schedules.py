@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import numpy as np
 
-from tstitch_jax.checks import as_array, shown
+from tstitch_jax.checks import as_array, check_whole, shown
 from tstitch_jax.types import Knots, Schedule
 
 
@@ -77,11 +77,7 @@ def make_schedule(
     0.9999
     """
     check_name("schedule", name, [*ALPHA_BARS, "flow"])
-    if isinstance(num_train_steps, bool) or not isinstance(num_train_steps, int | np.integer):
-        raise ValueError(f"num_train_steps must be a whole number, got {shown(num_train_steps)}")
-    least, most = _TIMES
-    if not least <= num_train_steps <= most:
-        raise ValueError(f"num_train_steps must be {least} to {most}, got {shown(num_train_steps)}")
+    num_train_steps = check_whole("num_train_steps", num_train_steps, *_TIMES)
     numbers = as_array(BETAS.get(name, ()) if betas is None else betas)
     if betas is not None:
         fits = numbers.shape == (2,) and numbers.dtype.kind == "f"

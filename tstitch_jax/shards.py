@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tstitch_jax.files import DAMAGED, held_folder, remove_unfinished, whole_file
+from tstitch_jax.files import DAMAGED, held_folder, remove_unfinished, whole_file, write_text
 
 SETTINGS, SAMPLES = "settings.json", "samples.npz"
 
@@ -78,8 +78,7 @@ class Shards:
             if file.exists():
                 self._compare(file)
             else:
-                with whole_file(file) as stream:
-                    stream.write((json.dumps(self.settings, indent=1) + "\n").encode())
+                write_text(file, json.dumps(self.settings, indent=1) + "\n")
             (self.folder / "shards").mkdir(exist_ok=True)
             remove_unfinished(self.folder)
             yield

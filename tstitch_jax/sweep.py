@@ -26,13 +26,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tstitch_jax import charts, hub, parallel, pictures, pipeline
-from tstitch_jax.checks import MAX_BATCH, check_number, is_list, shown
+from tstitch_jax.checks import MAX_BATCH, check_number, check_whole, is_list, shown
 from tstitch_jax.conditioning import check_encoders, check_texts
 from tstitch_jax.costs import pareto_front, pass_seconds, passes, timed
 from tstitch_jax.evaluation import METRICS, evaluate, metric_key, metric_name, open_source
 from tstitch_jax.evaluation.request import check_features, check_request
 from tstitch_jax.evaluation.sources import Source
-from tstitch_jax.files import held_folder, remove_unfinished, whole_file
+from tstitch_jax.files import held_folder, remove_unfinished, write_text
 from tstitch_jax.generation import DEFAULTS, generate
 from tstitch_jax.plan import Plan
 from tstitch_jax.shards import differences
@@ -199,7 +199,7 @@ def _plain(value: Any) -> Any:
     """Arrays and their numbers for JSON; raises TypeError for all else."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return value.tolist()
-    raise TypeError(f"settings are numbers, texts and lists, got {value!r:.80}")
+    raise TypeError(f"settings are numbers, texts and lists, got {shown(value)}")
 
 
 def _x(point: Point) -> str:
@@ -227,10 +227,7 @@ def _check(config: SweepConfig) -> None:
         ("each seed", config.seeds, 0, 2**32 - 1),
     ):
         for value in values:
-            if type(value) is not int or not low <= value <= high:
-                raise ValueError(
-                    f"{name} must be a whole number, {low} to {high}, got {shown(value)}"
-                )
+            check_whole(name, value, low, high)
     for name in ("features", "x_label", "reference"):
         value = getattr(config, name)
         if not isinstance(value, str) and not (name == "reference" and value is None):
@@ -292,12 +289,12 @@ def _texts(
         return {}
     negative, names = given.get("negative", ""), given.get("text_encoder")
     if not isinstance(negative, str):
-        raise ValueError(f"negative must be one text, got {negative!r:.60}")
+        raise ValueError(f"negative must be one text, got {shown(negative)}")
     if names is None:
         names = [card.text_encoder for card in cards]
     names = [names] * len(cards) if isinstance(names, str) else names
     if not is_list(names) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"text_encoder must be a name or a list of names, got {names!r:.60}")
+        raise ValueError(f"text_encoder must be a name or a list of names, got {shown(names)}")
     if len(names) != len(cards):
         raise ValueError(
             f"text_encoder must be one name, or one for each of the {len(cards)} networks, got "
@@ -324,7 +321,7 @@ def _open_way(config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict
     of_texts = {name: point.options[name] for name in OF_TEXTS if name in point.options}
     options = DEFAULTS | {k: v for k, v in point.options.items() if k not in of_texts}
     if not isinstance(options["solver"], str):
-        raise ValueError(f"the solver must be a name, got {options['solver']!r:.60}")
+        raise ValueError(f"the solver must be a name, got {shown(options['solver'])}")
     if isinstance(options["plan"], list | tuple | np.ndarray):
         options["plan"] = Plan.from_list(options["plan"], len(point.networks))
     networks = [load(name) for name in point.networks]
@@ -438,8 +435,7 @@ def _read(file: Path) -> Any:
 
 
 def _write(file: Path, value: Any) -> None:
-    with whole_file(file) as stream:
-        stream.write((json.dumps(value, indent=1, default=_plain) + "\n").encode())
+    write_text(file, json.dumps(value, indent=1, default=_plain) + "\n")
 
 
 @contextlib.contextmanager
@@ -639,8 +635,7 @@ def _write_table(job: _Job, rows: Sequence[_Row], file: Path) -> None:
             *(cell for pair in measured for cell in pair), config.num, len(config.seeds),
             f"{seconds:.6g}", f"{dearest / seconds:.4g}", "yes" if front else "no",
         ])  # fmt: skip
-    with whole_file(file) as stream:
-        stream.write(text.getvalue().encode())
+    write_text(file, text.getvalue())
 
 
 def _write_charts(job: _Job, rows: Sequence[_Row], out: Path) -> None:

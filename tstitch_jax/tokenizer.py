@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tstitch_jax.checks import shown
 from tstitch_jax.types import Tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -153,7 +154,7 @@ def make_tokenizer(files: Mapping[str, bytes], tokens: int) -> Tokenizer:
         raise ValueError("the tokenizer's vocabulary must number its tokens from 0, each once")
     bad = next((m for m in merges if len(m) != 2 or not all(type(x) is str for x in m)), None)
     if bad is not None:
-        raise ValueError(f"the tokenizer's merges must be pairs, got {bad!r:.60}")
+        raise ValueError(f"the tokenizer's merges must be pairs, got {shown(bad)}")
     padding = _padding(files)
     for token in (START, END, padding):
         if token not in vocabulary:
@@ -171,13 +172,13 @@ def _encoder(
 ) -> Callable[[Sequence[str]], np.ndarray]:
     def encode(texts: Sequence[Any]) -> np.ndarray:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"texts must be a list of texts, got {texts!r:.60}")
+            raise ValueError(f"texts must be a list of texts, got {shown(texts)}")
         rows = np.full((len(texts), tokens), padding, np.int32)
         for row, text in zip(rows, texts, strict=True):
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise ValueError(f"a text is no UTF-8: {text!r:.60}") from None
+                raise ValueError(f"a text is no UTF-8: {shown(text)}") from None
             found = machine.encode(text, add_special_tokens=False)
             ids, room = found.ids, tokens - 2
             if len(ids) > room:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from tstitch_jax.checks import printable
+from tstitch_jax.checks import first_line, printable
 from tstitch_jax.cli import calibration, evaluation, networks, sampling, sweep
 from tstitch_jax.cli.completion import PrintCompletion
 from tstitch_jax.cli.devices import keep_programs, leave_hosts
@@ -269,8 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        first = str(error).strip().splitlines()[0]
-        print(f"tstitch: error: too many images at a time for the device: {first}", file=sys.stderr)
+        said = f"too many images at a time for the device: {first_line(error)}"
+        print(f"tstitch: error: {said}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("tstitch: stopped", file=sys.stderr)

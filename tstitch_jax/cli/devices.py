@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from tstitch_jax.checks import first_line
+
 
 def keep_programs() -> None:
     """Keeps compiled programs for the next run, unless the user has said where or that it not be.
@@ -64,8 +66,8 @@ def others_may_fail() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        first = str(error).strip().splitlines()[0]
-        raise OSError(f"another host has failed, see what it says: {first}") from error
+        said = f"another host has failed, see what it says: {first_line(error)}"
+        raise OSError(said) from error
 
 
 def leave_hosts(status: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tstitch_jax import pictures
-from tstitch_jax.checks import printable, shown
+from tstitch_jax.checks import check_whole, printable
 from tstitch_jax.evaluation.clip_score import ClipScore, embed_texts
 from tstitch_jax.evaluation.features import (
     BLOCK,
@@ -349,8 +349,7 @@ def evaluate(
             computed, except for what shows only when images are read.
         OSError: If a file cannot be written.
     """
-    if type(batch) is not int or batch < 1:
-        raise ValueError(f"batch must be a whole number of at least 1, got {shown(batch)}")
+    batch = check_whole("batch", batch, 1)
 
     def opened(spec: Any, role: str) -> Source:
         if isinstance(spec, np.ndarray):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tstitch_jax.files import whole_file
+from tstitch_jax.files import write_text
 from tstitch_jax.types import FeatureCard
 
 PUBLISHED_NUM = 50_000
@@ -63,8 +63,7 @@ class Evaluation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything as JSON, whole or not at all."""
         text = json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
-        with whole_file(Path(path)) as stream:
-            stream.write(text.encode())
+        write_text(Path(path), text)
 
 
 def metric_key(metric: str, features: str) -> str:

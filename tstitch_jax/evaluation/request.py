@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tstitch_jax.checks import is_list, shown
+from tstitch_jax.checks import check_whole, is_list, shown
 from tstitch_jax.evaluation.features import check_images
 from tstitch_jax.evaluation.report import METRICS
 from tstitch_jax.evaluation.sources import Source
@@ -133,9 +133,7 @@ def check_request(
     check_features(network)
     if not samples.count:
         raise ValueError(f"{samples.name} has statistics only; the samples must be images")
-    if num is not None and (type(num) is not int or num < 1):
-        raise ValueError(f"num must be a whole number of at least 1, got {shown(num)}")
-    if num is not None and num > samples.count:
+    if num is not None and check_whole("num", num, 1) > samples.count:
         raise ValueError(f"{samples.name} has {samples.count} images, fewer than the {num} wanted")
     if prompts is not None and (not is_list(prompts) or len(prompts) != samples.count):
         raise ValueError(
@@ -144,7 +142,7 @@ def check_request(
         )
     if metrics is not None and not is_list(metrics):
         raise ValueError(f"metrics must be a list of measures, got {shown(metrics)}")
-    num = samples.count if num is None else num
+    num = samples.count if num is None else int(num)
     sets = [(samples.name, num)]
     if reference is not None and reference.count:
         sets.append((reference.name, reference.count))

@@ -153,7 +153,9 @@ def _statistics(path: Path, stored: Any) -> dict[str, Any]:
         if found and name in stored:
             value = stored[name]
             if value.ndim or value.dtype.kind not in kinds:
-                raise ValueError(f"{name} must be what --save-statistics writes, got {value!r:.60}")
+                raise ValueError(
+                    f"{name} must be what --save-statistics writes, got {shown(value)}"
+                )
             found[name] = value.item()
     for name in ("mu", "mu_s"):
         _check_moments(path, name, found)

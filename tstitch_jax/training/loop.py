@@ -28,7 +28,8 @@ from tstitch_jax.checkpoint import (
     module_of,
     save,
 )
-from tstitch_jax.files import held_folder, remove_unfinished, whole_file
+from tstitch_jax.checks import check_whole, plain, shown
+from tstitch_jax.files import held_folder, remove_unfinished, write_text
 from tstitch_jax.networks import init_params
 from tstitch_jax.training.classification import accuracy, make_classifier_loss
 from tstitch_jax.training.data import (
@@ -123,7 +124,7 @@ def _check(config: Config) -> None:
     if not isinstance(config.card, kind):
         raise ValueError(f"card must be a {kind.__name__}, got {config.card!r}")
     if not isinstance(config.data, str):
-        raise ValueError(f"data must be text, such as 'tfds:mnist', got {config.data!r:.80}")
+        raise ValueError(f"data must be text, such as 'tfds:mnist', got {shown(config.data)}")
     whole = dict(steps=1, batch=1, save_every=1, warmup=0, cooldown=0, seed=0)
     tiny = np.finfo(np.float32).tiny
     numbers = [
@@ -143,11 +144,7 @@ def _check(config: Config) -> None:
             numbers.append(("min_snr", tiny, np.inf))
         check_times(config.times)
     for field, low in whole.items():
-        value = getattr(config, field)
-        if type(value) is not int or value < low:
-            raise ValueError(f"{field} must be a whole number of at least {low}, got {value!r:.80}")
-        if value >= 2**32:
-            raise ValueError(f"{field} must be below 2^32, got {value}")
+        check_whole(field, getattr(config, field), low, 2**32 - 1)
     for field, low, high in numbers:
         value = getattr(config, field)
         if type(value) not in (int, float) or not low <= value <= high:
@@ -213,7 +210,7 @@ def _keep_settings(config: Config, file: Path, done: int | None) -> None:
         file: Where they are kept.
         done: Steps done so far, None for a new run.
     """
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=plain))
     # The folders of generated images and of sweeps have a file of that name, too.
     if done is None and file.exists() and b'"learning_rate"' not in file.read_bytes():
         raise ValueError(f"{file} is not that of a training run; take another --out")
@@ -240,8 +237,7 @@ def _keep_settings(config: Config, file: Path, done: int | None) -> None:
                 f"{file.parent} has done {done} steps; its {old['steps']} steps can become "
                 f"{config.steps} only before the cooldown, which begins after {end}"
             )
-    with whole_file(file) as stream:
-        stream.write((json.dumps(settings, indent=2) + "\n").encode())
+    write_text(file, json.dumps(settings, indent=2) + "\n")
 
 
 def _cut_log(file: Path, step: int) -> None:
@@ -256,8 +252,7 @@ def _cut_log(file: Path, step: int) -> None:
     kept = [row for row in rows if row and int(row[0]) <= step]
     text = io.StringIO(newline="")
     csv.writer(text).writerows([header, *kept])
-    with whole_file(file) as stream:
-        stream.write(text.getvalue().encode())
+    write_text(file, text.getvalue())
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tstitch_jax.checks import shown
 from tstitch_jax.prediction import make_target, predict
 from tstitch_jax.types import Key, Schedule
 
@@ -42,7 +43,7 @@ def check_times(times: Any) -> None:
     """Raises ValueError unless ``times`` is two numbers, 0 <= low < high <= 1."""
     numbers = isinstance(times, tuple | list) and [type(v) for v in times]
     if not numbers or len(numbers) != 2 or not set(numbers) <= {int, float}:
-        raise ValueError(f"times must be two numbers from 0 to 1, got {times!r:.80}")
+        raise ValueError(f"times must be two numbers from 0 to 1, got {shown(times)}")
     if not 0 <= times[0] < times[1] <= 1:
         raise ValueError(f"times must be 0 <= low < high <= 1, got {times!r}")
 
