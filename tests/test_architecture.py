@@ -17,7 +17,7 @@ RANKS = {
     "checks": 1,
     "schedules": 2,
     "networks": 1,
-    "tokenizer": 1,
+    "tokenizer": 2,
     "pictures": 1,
     "charts": 1,
     "files": 0,
