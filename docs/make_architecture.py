@@ -118,7 +118,7 @@ def draw_modules() -> None:
         raise SystemExit(f"say in GROUPS where these belong: {', '.join(sorted(left))}")
     step, x = 0.8, 0.65
     top = step * max(ranks.values()) + 0.75
-    widths = [3.0, 2.75, 2.6, 2.35, 1.75]
+    widths = [3.9, 2.6, 2.6, 2.5, 2.3]
     figure, axes = canvas(x + sum(widths) + 0.1, top + 0.95)
     place = {}
     for rank in range(max(ranks.values()) + 1):
