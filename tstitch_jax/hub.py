@@ -68,24 +68,53 @@ class Public:
 
 _DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
 
-_CLIP = ("config.json", "pytorch_model.bin", "vocab.json", "merges.txt", "tokenizer_config.json")
+_FROM_AUTHORS: dict[str, Any] = dict(
+    source="T-Stitch authors, Google Drive", license="NVIDIA Source Code License (non-commercial)"
+)
+_CAPTIONED = "400M images of the internet with their texts"
+
+
+def _dit(size: str, pixels: int, num_params: int, macs: int, drive: str = "") -> Public:
+    """A DiT of 2 x 2 patches: of its own authors, or, on Google Drive, of the T-Stitch paper's."""
+    file = f"DiT-{size}-2-{pixels}{'' if drive else f'x{pixels}'}.pt"
+    place = "dl.fbaipublicfiles.com/DiT"
+    origin: dict[str, Any] = dict(source=place, license="CC-BY-NC-4.0")
+    return Public(
+        family="dit",
+        files=(file,),
+        url=_DRIVE.format(drive) if drive else f"https://{place}/models/{file}",
+        num_params=num_params,
+        macs=macs,
+        data=f"ImageNet {pixels}",
+        image_shape=(pixels // 8, pixels // 8, 4),
+        **(_FROM_AUTHORS if drive else origin),
+    )
+
+
+def _on_hub(
+    repo: str, family: str, num_params: int, macs: int, license: str, **more: Any
+) -> Public:
+    """A network of a repository on the Hugging Face hub."""
+    return Public(
+        family=family,
+        repo=repo,
+        source=f"huggingface.co/{repo}",
+        license=license,
+        num_params=num_params,
+        macs=macs,
+        **more,
+    )
+
+
+def _sit(size: str, num_params: int, macs: int) -> Public:
+    repo, files = "nyu-visionx/SiT-collections", (f"SiT-{size}-2-256.pt",)
+    return _on_hub(repo, "sit", num_params, macs, "MIT", files=files)
 
 
 def _text_to_image(repo: str, num_params: int, macs: int, data: str) -> Public:
-    """A U-Net of Stable Diffusion 1's kind, of a pipeline on the hub."""
-    return Public(
-        family="unet",
-        files=(),
-        repo=repo,
-        part="unet",
-        source=f"huggingface.co/{repo}",
-        license="CreativeML OpenRAIL-M",
-        num_params=num_params,
-        macs=macs,
-        data=data,
-        image_shape=(64, 64, 4),
-        num_classes=0,
-    )
+    """A U-Net of Stable Diffusion 1's kind, of a pipeline."""
+    more: dict[str, Any] = dict(part="unet", data=data, image_shape=(64, 64, 4), num_classes=0)
+    return _on_hub(repo, "unet", num_params, macs, "CreativeML OpenRAIL-M", files=(), **more)
 
 
 def _class_to_image(drive: str, file: str, num_params: int, macs: int) -> Public:
@@ -94,10 +123,24 @@ def _class_to_image(drive: str, file: str, num_params: int, macs: int) -> Public
         family="unet",
         files=(file,),
         url=_DRIVE.format(drive),
-        source="T-Stitch authors, Google Drive",
-        license="NVIDIA Source Code License (non-commercial)",
         num_params=num_params,
         macs=macs,
+        **_FROM_AUTHORS,
+    )
+
+
+def _vae(repo: str) -> Public:
+    """Stable Diffusion's autoencoder, with another decoder."""
+    return _on_hub(
+        repo,
+        "autoencoder",
+        83_653_863,
+        447_454_724_096,
+        "MIT",
+        files=("config.json", "diffusion_pytorch_model.safetensors"),
+        data="OpenImages, LAION-Aesthetics, LAION-Humans",
+        image_shape=(256, 256, 3),
+        num_classes=0,
     )
 
 
@@ -118,105 +161,34 @@ def _vq(name: str, num_params: int, macs: int) -> Public:
     )
 
 
+def _clip(repo: str, num_params: int, macs: int) -> Public:
+    tokenizer = ("vocab.json", "merges.txt", "tokenizer_config.json")
+    return _on_hub(
+        repo,
+        "clip",
+        num_params,
+        macs,
+        "MIT",
+        files=("config.json", "pytorch_model.bin", *tokenizer),
+        data=_CAPTIONED,
+        image_shape=(224, 224, 3),
+        num_classes=0,
+    )
+
+
+_SD = "CompVis/stable-diffusion-v1-4"
+
 PUBLIC: dict[str, Public] = {
-    "dit-xl-2-256": Public(
-        family="dit",
-        files=("DiT-XL-2-256x256.pt",),
-        url="https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt",
-        source="dl.fbaipublicfiles.com/DiT",
-        license="CC-BY-NC-4.0",
-        num_params=674_834_720,
-        macs=118_621_421_568,
-    ),
-    "dit-xl-2-512": Public(
-        family="dit",
-        files=("DiT-XL-2-512x512.pt",),
-        url="https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt",
-        source="dl.fbaipublicfiles.com/DiT",
-        license="CC-BY-NC-4.0",
-        num_params=674_834_720,
-        macs=524_538_298_368,
-        data="ImageNet 512",
-        image_shape=(64, 64, 4),
-    ),
-    "dit-s-2-256": Public(
-        family="dit",
-        files=("DiT-S-2-256.pt",),
-        url=_DRIVE.format("1YOSNrFbP36vHlPQPBosqZKbPLokymRuO"),
-        source="T-Stitch authors, Google Drive",
-        license="NVIDIA Source Code License (non-commercial)",
-        num_params=32_865_056,
-        macs=6_055_673_856,
-    ),
-    "dit-b-2-256": Public(
-        family="dit",
-        files=("DiT-B-2-256.pt",),
-        url=_DRIVE.format("1HTqZSYXh6LJGLooko4LPFsCuwL2Wjg6r"),
-        source="T-Stitch authors, Google Drive",
-        license="NVIDIA Source Code License (non-commercial)",
-        num_params=130_315_808,
-        macs=23_005_102_080,
-    ),
-    "sit-s-2-256": Public(
-        family="sit",
-        files=("SiT-S-2-256.pt",),
-        repo="nyu-visionx/SiT-collections",
-        source="huggingface.co/nyu-visionx/SiT-collections",
-        license="MIT",
-        num_params=32_858_896,
-        macs=6_054_100_992,
-    ),
-    "sit-b-2-256": Public(
-        family="sit",
-        files=("SiT-B-2-256.pt",),
-        repo="nyu-visionx/SiT-collections",
-        source="huggingface.co/nyu-visionx/SiT-collections",
-        license="MIT",
-        num_params=130_303_504,
-        macs=23_001_956_352,
-    ),
-    "sit-l-2-256": Public(
-        family="sit",
-        files=("SiT-L-2-256.pt",),
-        repo="nyu-visionx/SiT-collections",
-        source="huggingface.co/nyu-visionx/SiT-collections",
-        license="MIT",
-        num_params=457_824_272,
-        macs=80_693_428_224,
-    ),
-    "sit-xl-2-256": Public(
-        family="sit",
-        files=("SiT-XL-2-256.pt",),
-        repo="nyu-visionx/SiT-collections",
-        source="huggingface.co/nyu-visionx/SiT-collections",
-        license="MIT",
-        num_params=674_816_272,
-        macs=118_616_702_976,
-    ),
-    "sd-vae-ft-ema": Public(
-        family="autoencoder",
-        files=("config.json", "diffusion_pytorch_model.safetensors"),
-        repo="stabilityai/sd-vae-ft-ema",
-        source="huggingface.co/stabilityai/sd-vae-ft-ema",
-        license="MIT",
-        num_params=83_653_863,
-        macs=447_454_724_096,
-        data="OpenImages, LAION-Aesthetics, LAION-Humans",
-        image_shape=(256, 256, 3),
-        num_classes=0,
-    ),
-    "sd-vae-ft-mse": Public(
-        family="autoencoder",
-        files=("config.json", "diffusion_pytorch_model.safetensors"),
-        repo="stabilityai/sd-vae-ft-mse",
-        source="huggingface.co/stabilityai/sd-vae-ft-mse",
-        license="MIT",
-        num_params=83_653_863,
-        macs=447_454_724_096,
-        data="OpenImages, LAION-Aesthetics, LAION-Humans",
-        image_shape=(256, 256, 3),
-        num_classes=0,
-    ),
+    "dit-xl-2-256": _dit("XL", 256, 674_834_720, 118_621_421_568),
+    "dit-xl-2-512": _dit("XL", 512, 674_834_720, 524_538_298_368),
+    "dit-s-2-256": _dit("S", 256, 32_865_056, 6_055_673_856, "1YOSNrFbP36vHlPQPBosqZKbPLokymRuO"),
+    "dit-b-2-256": _dit("B", 256, 130_315_808, 23_005_102_080, "1HTqZSYXh6LJGLooko4LPFsCuwL2Wjg6r"),
+    "sit-s-2-256": _sit("S", 32_858_896, 6_054_100_992),
+    "sit-b-2-256": _sit("B", 130_303_504, 23_001_956_352),
+    "sit-l-2-256": _sit("L", 457_824_272, 80_693_428_224),
+    "sit-xl-2-256": _sit("XL", 674_816_272, 118_616_702_976),
+    "sd-vae-ft-ema": _vae("stabilityai/sd-vae-ft-ema"),
+    "sd-vae-ft-mse": _vae("stabilityai/sd-vae-ft-mse"),
     "inception": Public(
         family="inception",
         files=("pt_inception-2015-12-05-6726825d.pth",),
@@ -230,9 +202,7 @@ PUBLIC: dict[str, Public] = {
         image_shape=(299, 299, 3),
         num_classes=1008,
     ),
-    "sd-1-4": _text_to_image(
-        "CompVis/stable-diffusion-v1-4", 859_520_964, 401_636_720_640, "LAION-2B(en)"
-    ),
+    "sd-1-4": _text_to_image(_SD, 859_520_964, 401_636_720_640, "LAION-2B(en)"),
     "sd-1-5": _text_to_image(
         "stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, 401_636_720_640, "LAION-2B(en)"
     ),
@@ -253,8 +223,12 @@ PUBLIC: dict[str, Public] = {
     ),
     "vq-f4": _vq("vq-f4", 55_322_782, 508_009_979_904),
     "vq-f8": _vq("vq-f8", 67_717_295, 349_322_641_408),
-    "sd-text-encoder": Public(
-        family="text_encoder",
+    "sd-text-encoder": _on_hub(
+        _SD,
+        "text_encoder",
+        123_060_480,
+        6_649_251_840,
+        "CreativeML OpenRAIL-M",
         files=(
             "text_encoder/config.json",
             "text_encoder/model.safetensors",
@@ -262,39 +236,12 @@ PUBLIC: dict[str, Public] = {
             "tokenizer/merges.txt",
             "tokenizer/tokenizer_config.json",
         ),
-        repo="CompVis/stable-diffusion-v1-4",
-        source="huggingface.co/CompVis/stable-diffusion-v1-4",
-        license="CreativeML OpenRAIL-M",
-        num_params=123_060_480,
-        macs=6_649_251_840,
-        data="400M images of the internet with their texts",
+        data=_CAPTIONED,
         image_shape=(),
         num_classes=0,
     ),
-    "clip-vit-base-patch32": Public(
-        family="clip",
-        files=_CLIP,
-        repo="openai/clip-vit-base-patch32",
-        source="huggingface.co/openai/clip-vit-base-patch32",
-        license="MIT",
-        num_params=151_277_312,
-        macs=7_388_581_888,
-        data="400M images of the internet with their texts",
-        image_shape=(224, 224, 3),
-        num_classes=0,
-    ),
-    "clip-vit-large-patch14": Public(
-        family="clip",
-        files=_CLIP,
-        repo="openai/clip-vit-large-patch14",
-        source="huggingface.co/openai/clip-vit-large-patch14",
-        license="MIT",
-        num_params=427_616_512,
-        macs=87_662_610_432,
-        data="400M images of the internet with their texts",
-        image_shape=(224, 224, 3),
-        num_classes=0,
-    ),
+    "clip-vit-base-patch32": _clip("openai/clip-vit-base-patch32", 151_277_312, 7_388_581_888),
+    "clip-vit-large-patch14": _clip("openai/clip-vit-large-patch14", 427_616_512, 87_662_610_432),
 }
 """The public networks that ``load`` knows, by name."""
 
