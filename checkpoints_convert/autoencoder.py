@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import SIDE, Conversion, check_config, count, shape_of
-from checkpoints_convert.rules import Rule, Tensor, conv, layer, same
+from checkpoints_convert.rules import Rule, Tensor, conv, layer, norm_layer, same
 from tstitch_jax.checks import shown
 from tstitch_jax.types import AutoencoderCard
 
@@ -70,21 +70,16 @@ WITHIN = "first_stage_model."
 """Where a whole latent diffusion checkpoint keeps its autoencoder."""
 
 
-def _norm(target: str, source: str) -> Iterator[Rule]:
-    yield Rule(f"{target}/scale", (f"{source}.weight",), same)
-    yield Rule(f"{target}/bias", (f"{source}.bias",), same)
-
-
 def _resnet(target: str, source: str, names: Names, changes_width: bool) -> Iterator[Rule]:
     for i in (1, 2):
-        yield from _norm(f"{target}/norm{i}", f"{source}.norm{i}")
+        yield from norm_layer(f"{target}/norm{i}", f"{source}.norm{i}")
         yield from layer(f"{target}/conv{i}", f"{source}.conv{i}", transform=conv)
     if changes_width:
         yield from layer(f"{target}/shortcut", f"{source}.{names.shortcut}")
 
 
 def _attention(target: str, source: str, names: Names) -> Iterator[Rule]:
-    yield from _norm(f"{target}/norm", f"{source}.{names.projections[0]}")
+    yield from norm_layer(f"{target}/norm", f"{source}.{names.projections[0]}")
     for to, name in zip(("q", "k", "v", "out"), names.projections[1:], strict=True):
         yield from layer(f"{target}/{to}", f"{source}.{name}")
 
@@ -118,7 +113,7 @@ def _half(
     for j, source in enumerate(names.middle):
         yield from _resnet(f"{half}/middle/resnet_{j}", f"{root}.{source}", names, False)
     yield from _attention(f"{half}/middle/attention", f"{root}.{names.attention}", names)
-    yield from _norm(f"{half}/norm_out", f"{root}.{names.norm_out}")
+    yield from norm_layer(f"{half}/norm_out", f"{root}.{names.norm_out}")
     yield from layer(f"{half}/conv_out", f"{root}.conv_out", transform=conv)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion, check_config, count, shape_of
-from checkpoints_convert.rules import Rule, Tensor, layer, linear, patches, same
+from checkpoints_convert.rules import Rule, Tensor, layer, linear, norm_layer, patches, same
 from tstitch_jax.checks import shown
 from tstitch_jax.networks.clip import ACTIVATIONS
 from tstitch_jax.types import FeatureCard, TextEncoderCard
@@ -26,18 +26,13 @@ HEAD = 64
 """Width of an attention head in all published networks."""
 
 
-def _norm(target: str, source: str) -> Iterator[Rule]:
-    yield Rule(f"{target}/scale", (f"{source}.weight",), same)
-    yield Rule(f"{target}/bias", (f"{source}.bias",), same)
-
-
 def _blocks(target: str, source: str, depth: int) -> Iterator[Rule]:
     for i in range(depth):
         ours, theirs = f"{target}block_{i}", f"{source}encoder.layers.{i}"
-        yield from _norm(f"{ours}/norm1", f"{theirs}.layer_norm1")
+        yield from norm_layer(f"{ours}/norm1", f"{theirs}.layer_norm1")
         yield from layer(f"{ours}/qkv", *(f"{theirs}.self_attn.{n}_proj" for n in "qkv"))
         yield from layer(f"{ours}/attention_out", f"{theirs}.self_attn.out_proj")
-        yield from _norm(f"{ours}/norm2", f"{theirs}.layer_norm2")
+        yield from norm_layer(f"{ours}/norm2", f"{theirs}.layer_norm2")
         yield from layer(f"{ours}/mlp_in", f"{theirs}.mlp.fc1")
         yield from layer(f"{ours}/mlp_out", f"{theirs}.mlp.fc2")
 
@@ -99,7 +94,7 @@ def _text_rules(target: str, root: str, depth: int) -> Iterator[Rule]:
     yield Rule(f"{target}table/embedding", (f"{root}embeddings.token_embedding.weight",), same)
     yield Rule(f"{target}positions", (f"{root}embeddings.position_embedding.weight",), same)
     yield from _blocks(target, root, depth)
-    yield from _norm(f"{target}norm_out", f"{root}final_layer_norm")
+    yield from norm_layer(f"{target}norm_out", f"{root}final_layer_norm")
 
 
 def _image(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
@@ -123,9 +118,9 @@ def _image_rules(target: str, depth: int) -> Iterator[Rule]:
     kernel = f"{root}embeddings.patch_embedding.weight"
     yield Rule(f"{target}patch_in/kernel", (kernel,), patches)
     yield Rule(f"{target}positions", (f"{root}embeddings.position_embedding.weight",), same)
-    yield from _norm(f"{target}norm_in", f"{root}pre_layrnorm")
+    yield from norm_layer(f"{target}norm_in", f"{root}pre_layrnorm")
     yield from _blocks(target, root, depth)
-    yield from _norm(f"{target}norm_out", f"{root}post_layernorm")
+    yield from norm_layer(f"{target}norm_out", f"{root}post_layernorm")
 
 
 def text_encoder(

@@ -72,6 +72,12 @@ def layer(target: str, *sources: str, transform: Transform = linear) -> Iterator
     yield Rule(f"{target}/bias", tuple(f"{s}.bias" for s in sources), same)
 
 
+def norm_layer(target: str, source: str) -> Iterator[Rule]:
+    """The rules of a norm's scale and bias."""
+    yield Rule(f"{target}/scale", (f"{source}.weight",), same)
+    yield Rule(f"{target}/bias", (f"{source}.bias",), same)
+
+
 def _made_shape(rule: Rule, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     """The shape that a rule gives, without reading anything; None where it does not apply."""
     try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import SCHEDULER, SIDE, Conversion, check_config, count, shape_of
-from checkpoints_convert.rules import Rule, Tensor, conv, layer, linear, same
+from checkpoints_convert.rules import Rule, Tensor, conv, layer, linear, norm_layer, same
 from tstitch_jax.checks import shown
 from tstitch_jax.networks import unet
 from tstitch_jax.schedules import make_schedule
@@ -86,14 +86,9 @@ class Sizes(NamedTuple):
     prefix: str = ""
 
 
-def _norm(target: str, source: str) -> Iterator[Rule]:
-    yield Rule(f"{target}/scale", (f"{source}.weight",), same)
-    yield Rule(f"{target}/bias", (f"{source}.bias",), same)
-
-
 def _resnet(target: str, source: str, names: Names, changes_width: bool) -> Iterator[Rule]:
     for norm, own in (("norm1", names.norm1), ("norm2", names.norm2)):
-        yield from _norm(f"{target}/{norm}", f"{source}.{own}")
+        yield from norm_layer(f"{target}/{norm}", f"{source}.{own}")
     for convolution, own in (("conv1", names.conv1), ("conv2", names.conv2)):
         yield from layer(f"{target}/{convolution}", f"{source}.{own}", transform=conv)
     yield from layer(f"{target}/time", f"{source}.{names.time}")
@@ -104,16 +99,16 @@ def _resnet(target: str, source: str, names: Names, changes_width: bool) -> Iter
 def _transformer(target: str, source: str) -> Iterator[Rule]:
     """The same in both layouts."""
     block = f"{source}.transformer_blocks.0"
-    yield from _norm(f"{target}/norm", f"{source}.norm")
+    yield from norm_layer(f"{target}/norm", f"{source}.norm")
     yield from layer(f"{target}/project_in", f"{source}.proj_in")
     yield from layer(f"{target}/project_out", f"{source}.proj_out")
     for i, (norm, attention) in enumerate((("self_norm", "self"), ("cross_norm", "cross")), 1):
-        yield from _norm(f"{target}/{norm}", f"{block}.norm{i}")
+        yield from norm_layer(f"{target}/{norm}", f"{block}.norm{i}")
         for x in "qkv":
             kernel = f"{target}/{attention}/{x}/kernel"
             yield Rule(kernel, (f"{block}.attn{i}.to_{x}.weight",), linear)
         yield from layer(f"{target}/{attention}/out", f"{block}.attn{i}.to_out.0")
-    yield from _norm(f"{target}/mlp_norm", f"{block}.norm3")
+    yield from norm_layer(f"{target}/mlp_norm", f"{block}.norm3")
     yield from layer(f"{target}/mlp_in", f"{block}.ff.net.0.proj")
     yield from layer(f"{target}/mlp_out", f"{block}.ff.net.2")
 
@@ -156,7 +151,7 @@ def _rules(sizes: Sizes) -> Iterator[Rule]:
         yield from layer(target, sizes.prefix + getattr(names, target), transform=conv)
     for target in ("time_in", "time_out"):
         yield from layer(target, sizes.prefix + getattr(names, target))
-    yield from _norm("norm_out", sizes.prefix + names.norm_out)
+    yield from norm_layer("norm_out", sizes.prefix + names.norm_out)
     before = sizes.widths[0]
     for target, place in _places(sizes):
         source = sizes.prefix + place

@@ -254,11 +254,11 @@ def _autoencoder(card: AutoencoderCard, params: Params, dtype: Any) -> Autoencod
 
 
 @functools.cache
-def _extractor(module: nn.Module) -> Callable[[Params, jax.Array], Features]:
+def _extractor(module: nn.Module, method: str) -> Callable[[Params, jax.Array], Features]:
     # Cached as denoisers are.
     def extract(params: Params, pixels: jax.Array) -> Features:
         pixels = jnp.asarray(pixels, jnp.float32)
-        return module.apply({"params": params}, pixels)  # pyright: ignore
+        return module.apply({"params": params}, pixels, method=method)  # pyright: ignore
 
     return extract
 
@@ -266,7 +266,7 @@ def _extractor(module: nn.Module) -> Callable[[Params, jax.Array], Features]:
 def _feature_network(card: FeatureCard, params: Params, dtype: Any) -> FeatureNetwork:
     check_classes(card)
     module, params, card = _fit(card, params, dtype)
-    return FeatureNetwork(_extractor(module), params, card, str(jnp.dtype(dtype)))
+    return FeatureNetwork(_extractor(module, "__call__"), params, card, str(jnp.dtype(dtype)))
 
 
 TOKENIZER = "tokenizer"
@@ -309,24 +309,13 @@ def _text_encoder(
     return TextEncoder(encode, params, card, module.tokens, module.width, tokenizer)
 
 
-@functools.cache
-def _looker(module: nn.Module) -> Callable[[Params, jax.Array], Features]:
-    def extract(params: Params, pixels: jax.Array) -> Features:
-        pixels = jnp.asarray(pixels, jnp.float32)
-        return Features(
-            module.apply({"params": params}, pixels, method="images")  # pyright: ignore
-        )
-
-    return extract
-
-
 def _clip(
     card: FeatureCard, params: Params, dtype: Any, files: Mapping[str, bytes] | None = None
 ) -> FeatureNetwork:
     module, params, card = _fit(card, params, dtype)
     tokenizer, digest = (None, "") if files is None else fit_tokenizer(files, module)
     return FeatureNetwork(
-        _looker(module),
+        _extractor(module, "images"),
         params,
         dataclasses.replace(card, tokenizer_checksum=digest),
         str(jnp.dtype(dtype)),

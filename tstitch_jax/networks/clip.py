@@ -14,6 +14,8 @@ import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
+from tstitch_jax.types import Features
+
 TOKENS = 77
 """Length of a text in tokens, its start and its end among them."""
 
@@ -219,8 +221,8 @@ class CLIP(nn.Module):
     """Images and texts to vectors of one space, in which those that belong together are near.
 
     ``apply`` with ``method="images"`` takes pixels, float32 ``[B, H, W, 3]`` with values from 0 to
-    255 and of any size, with ``method="texts"`` int32 ``[B, T]``; each gives float32 ``[B, F]``,
-    not normalised.
+    255 and of any size, with ``method="texts"`` int32 ``[B, T]``. Their vectors, those of
+    images in ``Features``, are float32 ``[B, F]``, not normalised.
 
     Attributes:
         text, image: The arguments of ``TextTower``, and of ``ImageTower`` without its input.
@@ -268,11 +270,11 @@ class CLIP(nn.Module):
         pixels = jax.ShapeDtypeStruct((batch, *self.image_shape), jnp.float32)
         return pixels, jax.ShapeDtypeStruct((batch, self.tokens), jnp.int32)
 
-    def images(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b f"]:
-        """The vectors of images."""
+    def images(self, pixels: Float[Array, "b h w c"]) -> Features:
+        """The vectors of images, as pooled features."""
         if pixels.ndim != 4 or pixels.shape[3] != 3:
             raise ValueError(f"pixels must be [B, H, W, 3], got {pixels.shape}")
-        return self.image_out(self.image_tower(prepare(pixels, self.image_shape[0])))
+        return Features(self.image_out(self.image_tower(prepare(pixels, self.image_shape[0]))))
 
     def texts(self, ids: Int[Array, "b t"]) -> Float[Array, "b f"]:
         """The vectors of texts, each that of its end: the first of the token with the last number,
@@ -283,5 +285,5 @@ class CLIP(nn.Module):
 
     def __call__(
         self, pixels: Float[Array, "b h w c"], ids: Int[Array, "b t"]
-    ) -> tuple[Float[Array, "b f"], Float[Array, "b f"]]:
+    ) -> tuple[Features, Float[Array, "b f"]]:
         return self.images(pixels), self.texts(ids)
