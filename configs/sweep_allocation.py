@@ -2,9 +2,9 @@
 
 Command:  tstitch sweep configs/sweep_allocation.py --out runs/allocation
 Data:     --reference fashion_mnist.npz:x_test, which fetch_fashion_mnist.py --split embedded writes
-Cost:     60,000 images, about 45 minutes on 2 CPU cores
-Expected: four equal times; of DiT on ImageNet the published FIDs are, in the order of the list,
-          10.06, 12.94, 19.02 and 27.61
+Cost:     60,000 images, about 70 minutes on 2 CPU cores
+Expected: four times that differ little; of DiT on ImageNet the published FIDs are, in the order of
+          the list, 10.06, 12.94, 19.02 and 27.61
 """
 
 from sweep_fashion import OPTIONS, PAIR, make

@@ -35,6 +35,9 @@ THREE = ["fashion-s", "fashion-b", "fashion-xl"]
 CALIBRATED = ["fractions", "allocation", "three", "guidance", "steps"]
 """The sweeps whose plans are predicted, too."""
 
+MOST_STEPS = 20
+"""Of plans that are predicted: many trajectories of more steps take long."""
+
 CALLED = {
     "fractions": "fractions, three seeds", "allocation": "four orders", "three": "three networks",
 }  # fmt: skip
@@ -172,6 +175,8 @@ def measure_calibration() -> None:
         config = load_config(str(CONFIGS / f"sweep_{sweep}.py"), ts.SweepConfig)
         settings: dict[str, list[ts.Point]] = {}
         for point in config.points:
+            if point.options["steps"] > MOST_STEPS:
+                continue
             name = setting(sweep, point.series, point.options["solver"], point.options["steps"])
             settings.setdefault(name, []).append(point)
         for name, points in settings.items():

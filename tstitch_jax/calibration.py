@@ -91,7 +91,7 @@ class Calibration:
         steps_alone: float64 ``[K, N]``, the damage of each step by each network alone.
         linear: float64 ``[N]``, the same if a linear filter took the step: the Wiener filter of the
             trajectories' own means and spectra. A network that does more damage takes no step,
-            but where it is within the step's share of the tolerance, or errs by less than 5% of the
+            but where it is within the step's share of 0.5%, or errs by less than 5% of the
             images' variance.
         x0, eps: float64 ``[K, N]``, mean squared difference of each network's prediction from the
             last one's, at the same x and time.
