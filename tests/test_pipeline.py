@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from helpers import random_params, relative, tiny_card, tiny_network
+from helpers import closed_network, random_params, relative, tiny_card, tiny_network
 
 import tstitch_jax as ts
 from tstitch_jax import checkpoint, pipeline
@@ -16,6 +16,11 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def pair():
+    return [closed_network(0.7, name="a"), closed_network(0.4, 0.5, name="b")]
+
+
+@pytest.fixture(scope="module")
+def transformers():
     return [tiny_network(0, name="a"), tiny_network(1, name="b", width=48, num_heads=3)]
 
 
@@ -25,11 +30,11 @@ def request(pair, **changes):
     return ts.sample(key, networks, **{**options, **changes})
 
 
-def test_returns_what_it_says(pair):
-    x = request(pair)
+def test_returns_what_it_says(transformers):
+    x = request(transformers)
     assert x.shape == (2, 8, 8, 4)
     assert x.dtype == jnp.float32
-    x0, trajectory = request(pair, return_trajectory=True)
+    x0, trajectory = request(transformers, return_trajectory=True)
     assert trajectory.shape == (4, 2, 8, 8, 4)
     np.testing.assert_array_equal(trajectory[-1], x0)
     np.testing.assert_allclose(x0, x, rtol=1e-5, atol=1e-5 * float(jnp.abs(x).max()))
@@ -100,14 +105,15 @@ def shapes(card, dtype=jnp.float32):
     return make(card, param_shapes(checkpoint.module_of(card)), dtype)
 
 
-@pytest.mark.parametrize("side", [32, 64])
-def test_full_size_networks_by_shape(side):
-    """DiT-S/2, DiT-XL/2 and Stable Diffusion's autoencoder."""
+@pytest.mark.parametrize(("side", "large"), [(32, "dit-xl-2"), (64, "dit-s-4")])
+def test_full_size_networks_by_shape(side, large):
+    """DiTs and Stable Diffusion's autoencoder."""
     networks = [
         shapes(tiny_card(name, image_shape=(side, side, 4), num_classes=1000, config=SIZES[name]))
-        for name in ("dit-s-2", "dit-xl-2")
+        for name in ("dit-s-2", large)
     ]
-    assert networks[1].card.num_params + 256 * 1152 == 675_129_632
+    if large == "dit-xl-2":
+        assert networks[1].card.num_params + 256 * 1152 == 675_129_632
     assert not networks[1].card.checksum
     coder = ts.AutoencoderCard(
         name="sd-vae", architecture="autoencoder", image_shape=(256, 256, 3),
@@ -183,32 +189,34 @@ def test_a_callback_compiles_once(pair):
     assert not compiled
 
 
-def test_start_from_an_image(pair, autoencoder):
+def test_start_from_an_image(transformers, autoencoder):
     image = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
     noise = np.random.default_rng(1).standard_normal((2, 8, 8, 4)).astype(np.float32)
     options = dict(steps=10, noise=noise, cfg_scale=None, return_trajectory=True)
-    _, whole = request(pair, start=image, strength=1.0, **options)
+    _, whole = request(transformers, start=image, strength=1.0, **options)
     assert len(whole) == 10
-    _, half = request(pair, start=image, strength=0.5, fractions=[0.7, 0.3], **{**options})
+    _, half = request(transformers, start=image, strength=0.5, fractions=[0.7, 0.3], **{**options})
     assert len(half) == 5
     # The same by hand: five more steps from the noised image, the switch where it would be.
-    schedule = pair[0].schedule
+    schedule = transformers[0].schedule
     knots = ts.make_knots(schedule, 10)
     plan = ts.Plan.from_fractions([0.7, 0.3], knots, schedule)
     assert plan.last_steps(5).counts() == (2, 3)
-    denoiser = ts.stitch([n.denoiser for n in pair], plan.last_steps(5))
+    denoiser = ts.stitch([n.denoiser for n in transformers], plan.last_steps(5))
     _, expected = ts.run(
         denoiser,
         ts.ddim(),
         ts.last_steps(knots, 5),
         knots.alpha[5] * image + knots.sigma[5] * jnp.asarray(noise),
-        params=tuple(n.params for n in pair),
+        params=tuple(n.params for n in transformers),
         cond=jnp.array([1, 2]),
         return_trajectory=True,
     )
     assert relative(half, expected) < 1e-5
     # A little strength returns nearly the image, with an autoencoder nearly what it codes.
-    network = ts.make_network(pair[0].card, jax.tree.map(lambda p: 0 * p, pair[0].params))
+    network = ts.make_network(
+        transformers[0].card, jax.tree.map(lambda p: 0 * p, transformers[0].params)
+    )
     little = request([network], fractions=None, start=image, strength=0.01, steps=100)
     assert relative(little, image) < 0.05
     pictures = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
@@ -222,7 +230,7 @@ def test_start_from_an_image(pair, autoencoder):
 def test_labels_for_each_network(pair):
     same = request(pair, labels=[[1, 2], [1, 2]])
     np.testing.assert_array_equal(same, request(pair))
-    fewer = tiny_network(1, name="b", width=48, num_heads=3, num_classes=7)
+    fewer = closed_network(0.4, 0.5, name="b", num_classes=7)
     found = request([pair[0], fewer], labels=[[8, 9], [5, 6]])
     knots = ts.make_knots(fewer.schedule, 4)
     plan = ts.Plan.from_fractions([0.5, 0.5], knots, fewer.schedule)
@@ -285,13 +293,13 @@ def test_autoguidance(pair):
     assert relative(one, none) < 1e-5
 
 
-def test_across_families(pair):
+def test_across_families(transformers):
     """A flow before a variance-preserving network: each at its own time and scale."""
     flow = tiny_network(
         3, name="sit", schedule={"name": "flow"}, target="flow", learned_variance=False
     )
-    found = request([flow, pair[0]], cfg_scale=None)
-    schedule = pair[0].schedule
+    found = request([flow, transformers[0]], cfg_scale=None)
+    schedule = transformers[0].schedule
     knots = ts.make_knots(schedule, 4)
     x = ts.draw_noise(ts.image_keys(KEY, jnp.arange(2)), 0, (8, 8, 4))
     for i in range(4):  # by hand, from the definitions
@@ -304,13 +312,13 @@ def test_across_families(pair):
             said = flow.denoiser(flow.params, x / (a + s), knot, jnp.array([1, 2]))
         else:
             knot = jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), knots)
-            said = pair[0].denoiser(pair[0].params, x, knot, jnp.array([1, 2]))
+            said = transformers[0].denoiser(transformers[0].params, x, knot, jnp.array([1, 2]))
         x = knots.alpha[i + 1] * said.x0 + knots.sigma[i + 1] * said.eps
     assert relative(found, x) < 1e-5
     # And the other way round, from the flow's pure noise, where the other network has none.
-    assert np.isfinite(request([pair[0], flow])).all()
+    assert np.isfinite(request([transformers[0], flow])).all()
     # Also with two evaluations a step, the second at the far end of the step.
-    assert relative(request([flow, pair[0]], solver="heun"), found) > 1e-3
+    assert relative(request([flow, transformers[0]], solver="heun"), found) > 1e-3
 
 
 def other(**changes):
