@@ -21,10 +21,10 @@ demo: $(VENV)/.demo-ready
 	$(BIN)/tstitch sample --out samples.png
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: $(VENV)/.test-ready
-	$(BIN)/python -m pytest -n 2 $(QUICK)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 Command:  tstitch sweep configs/sweep_steps.py --out runs/steps
 Data:     --reference fashion_mnist.npz:x_test, which fetch_fashion_mnist.py --split embedded writes
-Cost:     240,000 images, about 6 hours on a CPU core with AMX, 10 without; most at 250 steps
+Cost:     255,000 images, about 8 hours on a CPU core with AMX, 14 without, half of it at 250 steps
 Expected: times in proportion to the steps and to the plan's cost, whatever the solver
 """
 
@@ -21,7 +21,7 @@ config = make(
             options=OPTIONS | dict(fractions=[fraction, 1 - fraction], steps=steps, solver=solver),
         )
         for steps in (5, 10, 20, 50, 100, 250)
-        for solver in (SOLVERS if steps <= 100 else ("ddim",))
+        for solver in (SOLVERS if steps <= 100 else ("dpmpp", "ddim"))
         for fraction in (0.0, 0.4, 0.8)
     ],
     x_label="steps",

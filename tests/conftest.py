@@ -5,6 +5,7 @@ tests' work. What XLA itself does to a program stays.
 """
 
 import os
+import tempfile
 
 UNOPTIMISED = "--xla_backend_optimization_level=0"
 
@@ -13,6 +14,11 @@ os.environ["XLA_FLAGS"] = " ".join(
     [UNOPTIMISED, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 )
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What takes long to compile is kept for this run's workers, and for processes they start.
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="programs")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 # libtpu compiles here, and need look for no TPU; more than one process may.
 os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -16,10 +16,16 @@ import tstitch_jax as ts
 from tstitch_jax import checkpoint, hub
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "net"
+    ts.save(folder, tiny_network())
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
-    ts.save(tmp_path / "net", tiny_network())
-    return tmp_path / "net"
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "net")
 
 
 def test_round_trip(folder):

@@ -367,9 +367,19 @@ def check_shapes(shapes, family, config=None):
     return found.card
 
 
-@pytest.mark.parametrize("family", ["dit", "sit"])
-@pytest.mark.parametrize("side", [32, 64])
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    ("name", "side", "family"),
+    [
+        *((name, 32, "dit") for name in SIZES),
+        ("dit-xl-2", 64, "dit"),
+        # Width and depth are read alike in all; the patch is not.
+        *(
+            (f"dit-s-{p}", *rest)
+            for p in (2, 4, 8)
+            for rest in ((32, "sit"), (64, "dit"), (64, "sit"))
+        ),
+    ],
+)
 def test_published_sizes(name, side, family):
     size = SIZES[name]
     shapes = published_shapes(size["width"], size["depth"], size["patch"], side)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -509,12 +510,19 @@ def test_colour_is_refused_by_a_network_of_grey_images(network, sets):
 # ------------------------------------------------------------------------------------ the command
 
 
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generated") / "samples"
+    ts.generate(folder, [ts.load("fashion-s")], num=20, steps=4, progress=False)
+    return folder
+
+
 @pytest.fixture
-def garments(tmp_path, monkeypatch):
+def garments(generated, tmp_path, monkeypatch):
     """A generated folder and a file of real garments, as users have them."""
     monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    ts.generate("samples", [ts.load("fashion-s")], num=20, steps=4, progress=False)
+    shutil.copytree(generated, "samples")
     np.savez("real.npz", x_test=images(30, shape=(28, 28)), y_test=np.arange(30) % 10)
     return tmp_path
 
