@@ -221,6 +221,17 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
 
 
+def as_json(value: Any) -> Any:
+    """The ``default`` of ``json.dumps`` for settings: arrays and their numbers, and nothing else.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return value.tolist()
+    raise TypeError(f"settings are numbers, texts and lists, got {shown(value)}")
+
+
 def check_number(
     name: str,
     value: Any,

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tstitch_jax import charts, hub, parallel, pictures, pipeline
-from tstitch_jax.checks import MAX_BATCH, check_number, check_whole, is_list, shown
+from tstitch_jax.checks import MAX_BATCH, as_json, check_number, check_whole, is_list, shown
 from tstitch_jax.conditioning import check_encoders, check_texts
 from tstitch_jax.costs import pareto_front, pass_seconds, passes, timed
 from tstitch_jax.evaluation import METRICS, evaluate, metric_key, metric_name, open_source
@@ -192,14 +192,7 @@ class _Job:
                 "times": np.asarray(inputs.knots.time, np.float64).tolist(),
                 **kept,
             }
-        return json.loads(json.dumps({"common": common, "points": points}, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    """Arrays and their numbers for JSON; raises TypeError for all else."""
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return value.tolist()
-    raise TypeError(f"settings are numbers, texts and lists, got {shown(value)}")
+        return json.loads(json.dumps({"common": common, "points": points}, default=as_json))
 
 
 def _x(point: Point) -> str:
@@ -435,7 +428,7 @@ def _read(file: Path) -> Any:
 
 
 def _write(file: Path, value: Any) -> None:
-    write_text(file, json.dumps(value, indent=1, default=_plain) + "\n")
+    write_text(file, json.dumps(value, indent=1, default=as_json) + "\n")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from tstitch_jax.checkpoint import (
     module_of,
     save,
 )
-from tstitch_jax.checks import check_whole, plain, shown
+from tstitch_jax.checks import as_json, check_whole, shown
 from tstitch_jax.files import held_folder, remove_unfinished, write_text
 from tstitch_jax.networks import init_params
 from tstitch_jax.training.classification import accuracy, make_classifier_loss
@@ -210,7 +210,7 @@ def _keep_settings(config: Config, file: Path, done: int | None) -> None:
         file: Where they are kept.
         done: Steps done so far, None for a new run.
     """
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=plain))
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=as_json))
     # The folders of generated images and of sweeps have a file of that name, too.
     if done is None and file.exists() and b'"learning_rate"' not in file.read_bytes():
         raise ValueError(f"{file} is not that of a training run; take another --out")
