@@ -347,21 +347,21 @@ def of_texts(tmp_path_factory):
     )  # fmt: skip
 
 
-def test_networks_of_texts(of_texts, tmp_path):
+def test_networks_of_texts(of_texts, tmp_path, loaded_once, once):
     path = sweep(dataclasses.replace(of_texts, keep_images=True), tmp_path / "out")
     with path.open() as stream:
         rows = list(csv.DictReader(stream))
     point, row, key = of_texts.points[1], rows[1], "clip_score_clip"
     images = tmp_path / "out" / "images" / f"shares-{point.x:g}-seed0" / "samples.npz"
-    networks = [ts.load(name) for name in point.networks]
-    encoder = ts.load(networks[0].card.text_encoder)
+    networks = [once(name) for name in point.networks]
+    encoder = once(networks[0].card.text_encoder)
     expected = ts.generate(
         tmp_path / "expected", networks, num=3, batch=2, progress=False, text_encoder=encoder,
         prompts=of_texts.prompts, **point.options,
     )  # fmt: skip
     assert images.read_bytes() == expected.read_bytes()
     score = ts.evaluate(
-        images, features=ts.load(of_texts.features), prompts=["a cat", "two dogs", "a cat"],
+        images, features=once(of_texts.features), prompts=["a cat", "two dogs", "a cat"],
         progress=False,
     )  # fmt: skip
     assert float(row[key]) == pytest.approx(score.metrics[key], rel=1e-5)
@@ -378,9 +378,9 @@ def test_networks_of_texts(of_texts, tmp_path):
         sweep(dataclasses.replace(of_texts, points=without), tmp_path / "out")
 
 
-def test_another_size_and_encoder(of_texts):
+def test_another_size_and_encoder(of_texts, loaded_once, once):
     point = of_texts.points[0]
-    words = ts.load(point.networks[0]).card.text_encoder
+    words = once(point.networks[0]).card.text_encoder
     options = point.options | {"size": (32, 16), "text_encoder": [words, words]}
     larger = dataclasses.replace(point, series="larger", options=options)
     found = estimate(dataclasses.replace(of_texts, points=[point, larger]))
@@ -684,7 +684,7 @@ def test_the_projects_configurations(tmp_path, monkeypatch):
     points = {f.stem: len(load_config(str(f), ts.SweepConfig).points) for f in files}
     assert points == {
         "sweep_allocation": 4, "sweep_finetuned": 9, "sweep_fractions": 11, "sweep_guidance": 45,
-        "sweep_steps": 51, "sweep_three": 66,
+        "sweep_steps": 54, "sweep_three": 66,
     }  # fmt: skip
     loaded = {}
     for file in files:

@@ -62,7 +62,7 @@ from tstitch_jax.types import (
     Tokenizer,
 )
 
-__version__ = "0.12.2"
+__version__ = "0.12.3"
 
 __all__ = [
     "SOLVERS",
