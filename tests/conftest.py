@@ -4,6 +4,7 @@ Programs are compiled without LLVM's optimisations: most run once, and compiling
 tests' work. What XLA itself does to a program stays.
 """
 
+import gc
 import os
 import tempfile
 
@@ -60,3 +61,8 @@ def standard_promotion():
 # The first example of a property compiles; on a busy machine that takes long.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
+
+# Tracing makes many objects, few of them garbage; to look through all again and again, those of the
+# imports too, took a seventh of the tests' time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)

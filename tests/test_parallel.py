@@ -67,11 +67,15 @@ def test_batches_that_do_not_divide(pair, expected, coder, count):
     found = sample(networks, LABELS[:count], autoencoder=there)
     assert found.shape[0] == count
     assert relative(found, expected[:count]) < 1e-5
-    final, trajectory = sample(networks, LABELS[:count], decode=False, return_trajectory=True)
-    assert trajectory.shape == (5, count, 8, 8, 4)
+
+
+def test_steps_of_a_batch_that_does_not_divide(pair):
+    networks = on(ts.make_mesh(devices=jax.devices()[:4]), *pair)
+    final, trajectory = sample(networks, LABELS[:3], decode=False, return_trajectory=True)
+    assert trajectory.shape == (5, 3, 8, 8, 4)
     np.testing.assert_array_equal(trajectory[-1], final)
     seen = []
-    sample(networks, LABELS[:count], decode=False, callback=lambda step: seen.append(step.x))
+    sample(networks, LABELS[:3], decode=False, callback=lambda step: seen.append(step.x))
     assert relative(seen[-1], final) < 1e-5
 
 
@@ -98,7 +102,10 @@ def test_no_collective_where_images_are_spread(pair, coder, solver, monkeypatch)
     text = request.compile().as_text()
     assert "while" in text
     assert not COLLECTIVES.search(text)
-    # The pattern does find what a split network needs.
+
+
+def test_collectives_of_a_split_network_are_found(pair):
+    """The pattern does find what a split network needs."""
     split = on(ts.make_mesh(4), *pair)
     request = pipeline.prepare(KEY, split, labels=[1, 2], fractions=[0.4, 0.6], steps=5,
                                decode=False)  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import GOLDEN, random_params, tiny_network
+from helpers import GOLDEN, labelled_denoiser, random_params, tiny_network
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
@@ -44,11 +44,18 @@ def run(page, names=None):
 
 @pytest.fixture
 def one_network(tmp_path, monkeypatch):
-    """``fashion-s`` in the place of all, as it compiles quickly; in a folder of its own."""
+    """A closed form in the place of all networks, as it compiles quickly; in a folder of its own.
+
+    The front page and the notebooks are run with the networks themselves.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path / "cache"))
-    load = ts.load
-    monkeypatch.setattr(ts, "load", lambda name, *a, **k: load("fashion-s", *a, **k))
+    network = dataclasses.replace(
+        ts.load("fashion-s"), denoiser=labelled_denoiser, params=jax.numpy.float32(0.7), rows=None
+    )
+    monkeypatch.setattr(
+        ts, "load", lambda *_, mesh=None: network if mesh is None else ts.shard(network, mesh)
+    )
 
 
 @pytest.fixture

@@ -148,22 +148,3 @@ def test_an_image_depends_on_seed_and_index_alone(solver, eta, networks):
     for count in (1, 2, 3):
         assert relative(sample(count), many[:count]) < 1e-5
     assert relative(many[0], many[1]) > 0.1  # not the same noise for all
-
-
-def test_the_sampler_runs_on_every_device_under_pmap(networks):
-    """The pieces compose with a user's own pmap; eight devices, one image each."""
-    knots = ts.make_knots(networks[0].schedule, 4)
-    params = tuple(n.params for n in networks[:2])
-    keys, x = start(8)
-    cond = jnp.arange(8, dtype=jnp.int32)
-
-    def sample(x, cond, keys, networks_of_steps):
-        denoiser = ts.stitch([n.denoiser for n in networks[:2]], ts.Plan(networks_of_steps, 2))
-        return ts.run(denoiser, ts.ddpm(), knots, x, params=params, cond=cond, keys=keys)
-
-    assignment = jnp.array([0, 0, 1, 1], jnp.int32)
-    whole = jax.jit(sample)(x, cond, keys, assignment)
-    split = jax.pmap(sample, in_axes=(0, 0, 0, None))(
-        x[:, None], cond[:, None], keys[:, None], assignment
-    )
-    assert relative(split[:, 0], whole) < 1e-5

@@ -34,19 +34,20 @@ def coder(tmp_path_factory):
     return checkpoint.read_card(folder)
 
 
-def prepare(topology, coder, model=1, **more):
+def prepare(topology, coder=None, model=1, **more):
     devices = devices_of(topology)
     mesh = ts.make_mesh(model, devices)
     pair = [shapes(tiny_card(name, width=width), mesh) for name, width in (("a", 128), ("b", 256))]
     return pipeline.prepare(
         jax.random.key(0), pair, labels=[1] * (2 * len(devices)), fractions=[0.5, 0.5], steps=7,
-        autoencoder=shapes(coder, mesh), **more,
+        **(dict(autoencoder=shapes(coder, mesh)) if coder else dict(decode=False)), **more,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
 def test_it_compiles_without_collectives(topology, coder, standard_promotion):
-    request = prepare(topology, coder)
+    # Latents are decoded for the kind of TPU that most users have.
+    request = prepare(topology, coder if topology == "v5e:2x2" else None)
     program = request.compile()
     text = program.as_text()
     assert not COLLECTIVES.search(text)
@@ -60,10 +61,10 @@ def test_it_compiles_without_collectives(topology, coder, standard_promotion):
     )
 
 
-def test_pieces_of_a_large_batch(coder, standard_promotion, monkeypatch):
+def test_pieces_of_a_large_batch(standard_promotion, monkeypatch):
     """Networks work in pieces where a device has more rows than its fast memory holds."""
     monkeypatch.setattr("tstitch_jax.networks.dit.TOKENS_BY_WIDTH", 2 * 16 * 256)
-    text = prepare("v5e:2x2", coder, solver="ddpm").compile().as_text()
+    text = prepare("v5e:2x2", solver="ddpm").compile().as_text()
     assert not COLLECTIVES.search(text)
     assert text.count(" while(") >= 2
 
@@ -90,5 +91,5 @@ def test_pieces_of_an_exported_sampler(standard_promotion):
     assert loops(2) == loops(None) + 1
 
 
-def test_a_model_axis(coder, standard_promotion):
-    assert COLLECTIVES.search(prepare("v5e:2x2", coder, model=4).compile().as_text())
+def test_a_model_axis(standard_promotion):
+    assert COLLECTIVES.search(prepare("v5e:2x2", model=4).compile().as_text())

@@ -80,7 +80,28 @@ def leaves(out):
     return jax.tree.leaves(ts.load(out / "network").params)
 
 
-def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path):
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The folder of a run that nothing stopped, and the previews that it asked for."""
+    folder, seen = tmp_path_factory.mktemp("unbroken"), []
+    with jax.numpy_dtype_promotion("standard"):
+        train(
+            make_config(save_every=20),
+            folder,
+            images=ArrayImages(*make_images()),
+            preview=lambda network, path: seen.append((network.card.name, path.name)),
+            progress=False,
+        )
+    return folder, seen
+
+
+@pytest.fixture
+def ended(unbroken, tmp_path):
+    """A copy of that folder, to be changed."""
+    return shutil.copytree(unbroken[0], tmp_path / "ended")
+
+
+def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, unbroken):
     """Killed with SIGKILL in the middle, then run again: the same parameters to the bit."""
     script = textwrap.dedent(f"""
         import os, signal, sys
@@ -112,17 +133,14 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path):
 
     config, images = make_config(save_every=20), ArrayImages(*make_images())
     train(config, tmp_path / "broken", images=images, progress=False)
-    train(config, tmp_path / "whole", images=images, progress=False)
-    for found, expected in zip(
-        leaves(tmp_path / "broken"), leaves(tmp_path / "whole"), strict=True
-    ):
+    for found, expected in zip(leaves(tmp_path / "broken"), leaves(unbroken[0]), strict=True):
         np.testing.assert_array_equal(found, expected)
-    logs = [(tmp_path / name / "log.csv").read_text() for name in ("broken", "whole")]
+    logs = [(folder / "log.csv").read_text() for folder in (tmp_path / "broken", unbroken[0])]
     assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, number):
+def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, unbroken, number):
     class Stopping(ArrayImages):
         def read(self, indices):
             if len(indices) > 1:  # a batch, not the check of the data
@@ -141,8 +159,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, number):
     assert {"40", "57"} == {p.name for p in (tmp_path / "a" / "checkpoints").iterdir()}
     train(config, tmp_path / "a", images=data, progress=False)
     assert data.reads == config.steps
-    train(config, tmp_path / "b", images=ArrayImages(*make_images()), progress=False)
-    for found, expected in zip(leaves(tmp_path / "a"), leaves(tmp_path / "b"), strict=True):
+    for found, expected in zip(leaves(tmp_path / "a"), leaves(unbroken[0]), strict=True):
         np.testing.assert_array_equal(found, expected)
     with open(tmp_path / "a" / "log.csv", newline="") as stream:
         assert [row["step"] for row in csv.DictReader(stream)] == [
@@ -150,7 +167,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, number):
         ]  # fmt: skip
 
 
-def test_a_log_that_was_cut_before_its_header_begins_anew(tmp_path):
+def test_a_log_that_was_cut_before_its_header_begins_anew(tmp_path, unbroken):
     class Broken(ArrayImages):
         def read(self, indices):
             if len(indices) > 1:
@@ -159,15 +176,13 @@ def test_a_log_that_was_cut_before_its_header_begins_anew(tmp_path):
                 raise OSError("no more")
             return super().read(indices)
 
-    header, config = [], make_config(steps=60, save_every=20)
+    header, config = [], make_config(save_every=20)
     with pytest.raises(OSError, match="no more"):
         train(config, tmp_path / "a", images=Broken(*make_images()), progress=False)
     assert header[0].startswith("step,loss,")
     (tmp_path / "a" / "log.csv").write_text("")
-    data = ArrayImages(*make_images())
-    train(config, tmp_path / "a", images=data, progress=False)
-    train(config, tmp_path / "b", images=data, progress=False)
-    assert (tmp_path / "a" / "log.csv").read_text() == (tmp_path / "b" / "log.csv").read_text()
+    train(config, tmp_path / "a", images=ArrayImages(*make_images()), progress=False)
+    assert (tmp_path / "a" / "log.csv").read_text() == (unbroken[0] / "log.csv").read_text()
 
 
 def test_a_run_can_be_prolonged_but_not_changed(tmp_path):
@@ -190,28 +205,23 @@ def test_a_run_can_be_prolonged_but_not_changed(tmp_path):
         train(longer, tmp_path / "a", images=data, progress=False)
 
 
-def test_a_run_in_its_cooldown_cannot_be_prolonged(tmp_path):
-    data = ArrayImages(*make_images())
-    config = make_config(steps=40, save_every=20, cooldown=10)
-    train(config, tmp_path, images=data, progress=False)
-    with pytest.raises(ValueError, match="before the cooldown, which begins after 30"):
-        train(dataclasses.replace(config, steps=60), tmp_path, images=data, progress=False)
+def test_a_run_in_its_cooldown_cannot_be_prolonged(ended):
+    longer = make_config(save_every=20, steps=120)
+    with pytest.raises(ValueError, match="before the cooldown, which begins after 90"):
+        train(longer, ended, images=ArrayImages(*make_images()), progress=False)
 
 
-def test_a_run_starts_from_another_network(tmp_path):
-    data = ArrayImages(*make_images())
-    first = train(make_config(), tmp_path / "a", images=data, progress=False)
+def test_a_run_starts_from_another_network(tmp_path, ended):
+    data, first = ArrayImages(*make_images()), leaves(ended)
     config = make_config(
-        init=str(tmp_path / "a" / "network"), steps=20, learning_rate=1e-12, seed=7, save_every=10,
+        init=str(ended / "network"), steps=20, learning_rate=1e-12, seed=7, save_every=10,
         cooldown=0,
     )  # fmt: skip
     again = train(config, tmp_path / "b", images=data, progress=False)
-    for found, expected in zip(
-        jax.tree.leaves(again.params), jax.tree.leaves(first.params), strict=True
-    ):
+    for found, expected in zip(jax.tree.leaves(again.params), first, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-6)
     # What it started from is not needed to go on.
-    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(ended)
     longer = dataclasses.replace(config, steps=40)
     train(longer, tmp_path / "b", images=data, progress=False)
     with pytest.raises(ValueError, match="no network folder"):
@@ -228,19 +238,19 @@ def test_a_run_starts_from_no_other_kind_of_network(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_settings_from_before_a_setting_existed(tmp_path):
-    data = ArrayImages(*make_images())
-    config = make_config(steps=30, save_every=10)
-    train(config, tmp_path, images=data, progress=False)
-    file = tmp_path / "settings.json"
+def test_settings_from_before_a_setting_existed(ended):
+    data, config = ArrayImages(*make_images()), make_config(save_every=20)
+    file = ended / "settings.json"
     settings = json.loads(file.read_text())
+    assert settings["learning_rate"] == config.learning_rate
+    assert settings["card"]["name"] == "square"
     del settings["init"], settings["times"]
     file.write_text(json.dumps(settings))
-    train(config, tmp_path, images=data, progress=False)
+    train(config, ended, images=data, progress=False)
     settings["init"] = "elsewhere"
     file.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="init was 'elsewhere', is ''"):
-        train(config, tmp_path, images=data, progress=False)
+        train(config, ended, images=data, progress=False)
 
 
 @pytest.mark.parametrize("times", [(0.0, 0.6), (0.6, 1.0), (0.25, 0.26)])
@@ -260,17 +270,8 @@ def test_only_the_times_asked_for_are_drawn(times):
     assert np.isnan(everywhere(1.0, jax.random.key(0), images, labels))
 
 
-def test_previews_are_asked_for_at_checkpoints(tmp_path):
-    seen = []
-    config = make_config(steps=50, save_every=20)
-    train(
-        config,
-        tmp_path,
-        images=ArrayImages(*make_images()),
-        preview=lambda network, path: seen.append((network.card.name, path.name)),
-        progress=False,
-    )
-    assert seen == [("square", f"preview_{n:06d}.png") for n in (20, 40, 50)]
+def test_previews_are_asked_for_at_checkpoints(unbroken):
+    assert unbroken[1] == [("square", f"preview_{n:06d}.png") for n in (20, 40, 60, 80, 100)]
 
 
 @pytest.mark.parametrize(
@@ -543,11 +544,3 @@ def test_learning_rate():
     np.testing.assert_allclose(sizes[:5], [0, 0.025, 0.05, 0.075, 0.1], rtol=1e-3)
     np.testing.assert_allclose(sizes[4:16], 0.1, rtol=1e-3)
     np.testing.assert_allclose(sizes[15:], [0.1, 0.08, 0.06, 0.04, 0.02, 0], atol=1e-4)
-
-
-def test_settings_are_kept(tmp_path):
-    config = make_config(steps=20, cooldown=0)
-    train(config, tmp_path, images=ArrayImages(*make_images()), progress=False)
-    kept = json.loads((tmp_path / "settings.json").read_text())
-    assert kept["learning_rate"] == config.learning_rate
-    assert kept["card"]["name"] == "square"
