@@ -2,7 +2,7 @@
 
 Command:  tstitch sweep configs/sweep_steps.py --out runs/steps
 Data:     --reference fashion_mnist.npz:x_test, which fetch_fashion_mnist.py --split embedded writes
-Cost:     270,000 images, about 9 hours on a CPU core with AMX, 15 without; half at 250 steps
+Cost:     270,000 images, about 9 hours on a CPU core with AMX, 15 without; 57% at 250 steps
 Expected: times in proportion to the steps and to the plan's cost, whatever the solver
 """
 
