@@ -46,7 +46,7 @@ def run(page, names=None):
 def one_network(tmp_path, monkeypatch):
     """A closed form in the place of all networks, as it compiles quickly; in a folder of its own.
 
-    The front page and the notebooks are run with the networks themselves.
+    README.md and the notebooks are run with the networks themselves.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path / "cache"))
@@ -106,7 +106,7 @@ def test_the_guide(one_network, capsys):
             exec(block, names)
             if "images" in names:
                 assert names["images"].shape == (4, 28, 28, 1)
-                assert float(np.std(names["images"])) > 0.3  # garments on black
+                assert float(np.std(names["images"])) > 0.3
     assert "small x 4, large x 6" in capsys.readouterr().out
     assert names["xs"].shape == names["x0s"].shape == (10, 4, 28, 28, 1)
     assert names["again"].shape == (4, 28, 28, 1)
