@@ -86,7 +86,7 @@ def unbroken(tmp_path_factory):
     folder, seen = tmp_path_factory.mktemp("unbroken"), []
     with jax.numpy_dtype_promotion("standard"):
         train(
-            make_config(save_every=20),
+            make_config(save_every=24),
             folder,
             images=ArrayImages(*make_images()),
             preview=lambda network, path: seen.append((network.card.name, path.name)),
@@ -122,16 +122,16 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, unbroken):
                 return super().read(indices)
 
         images = Killed(*make_images())
-        train(make_config(save_every=20), {str(tmp_path / "broken")!r}, images=images,
+        train(make_config(save_every=24), {str(tmp_path / "broken")!r}, images=images,
               progress=False)
     """)
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL
     kept = {path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()}
-    assert kept & {"20", "40"}
+    assert kept & {"24", "48"}
     assert not (tmp_path / "broken" / "network").exists()
 
-    config, images = make_config(save_every=20), ArrayImages(*make_images())
+    config, images = make_config(save_every=24), ArrayImages(*make_images())
     train(config, tmp_path / "broken", images=images, progress=False)
     for found, expected in zip(leaves(tmp_path / "broken"), leaves(unbroken[0]), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -176,7 +176,7 @@ def test_a_log_that_was_cut_before_its_header_begins_anew(tmp_path, unbroken):
                 raise OSError("no more")
             return super().read(indices)
 
-    header, config = [], make_config(save_every=20)
+    header, config = [], make_config(save_every=24)
     with pytest.raises(OSError, match="no more"):
         train(config, tmp_path / "a", images=Broken(*make_images()), progress=False)
     assert header[0].startswith("step,loss,")
@@ -206,7 +206,7 @@ def test_a_run_can_be_prolonged_but_not_changed(tmp_path):
 
 
 def test_a_run_in_its_cooldown_cannot_be_prolonged(ended):
-    longer = make_config(save_every=20, steps=120)
+    longer = make_config(save_every=24, steps=120)
     with pytest.raises(ValueError, match="before the cooldown, which begins after 90"):
         train(longer, ended, images=ArrayImages(*make_images()), progress=False)
 
@@ -239,7 +239,7 @@ def test_a_run_starts_from_no_other_kind_of_network(tmp_path):
 
 
 def test_settings_from_before_a_setting_existed(ended):
-    data, config = ArrayImages(*make_images()), make_config(save_every=20)
+    data, config = ArrayImages(*make_images()), make_config(save_every=24)
     file = ended / "settings.json"
     settings = json.loads(file.read_text())
     assert settings["learning_rate"] == config.learning_rate
@@ -271,7 +271,8 @@ def test_only_the_times_asked_for_are_drawn(times):
 
 
 def test_previews_are_asked_for_at_checkpoints(unbroken):
-    assert unbroken[1] == [("square", f"preview_{n:06d}.png") for n in (20, 40, 60, 80, 100)]
+    """The last one too, whose step is no multiple of ``save_every``."""
+    assert unbroken[1] == [("square", f"preview_{n:06d}.png") for n in (24, 48, 72, 96, 100)]
 
 
 @pytest.mark.parametrize(
