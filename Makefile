@@ -3,18 +3,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A file that pins versions, such as tests/lowest.txt
-CONSTRAINTS ?=
-# The tests that other releases of JAX, Flax and Orbax are the likeliest to break.
-QUICK := tests/test_published.py tests/test_schedules.py tests/test_plan.py tests/test_sampler.py \
-	tests/test_checkpoint.py tests/test_pipeline.py tests/test_parallel.py tests/test_export.py \
-	tests/test_convert.py tests/test_dit.py tests/test_inception.py tests/test_metrics.py \
-	tests/test_evaluate.py tests/test_clip.py tests/test_unet.py tests/test_vq.py tests/test_text.py
+# A file of pinned packages, such as tests/colab.txt, in place of the newest releases.
+VERSIONS ?=
+# The TPU compiler, which runs without a TPU; a file of versions names its own.
+TPU := 'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"'
+# The tests that depend most on the releases of JAX, Flax and Orbax.
+QUICK := $(addprefix tests/test_,$(addsuffix .py,published sampler checkpoint pipeline parallel \
+	export convert evaluate notebooks))
 # For `make networks`, e.g. --data fashion_mnist.npz; without it tensorflow-datasets is asked.
 DATA ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test quick lint docs networks clean
+.PHONY: demo test quick full lint docs networks clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/tstitch networks
@@ -25,6 +25,16 @@ test: lint
 
 quick: $(VENV)/.test-ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
+
+# Every test, also with the instructions of older CPUs, and the published networks through the TPU
+# compiler. The option halves that compiler's search for each convolution's form.
+full: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'full or not full'
+	for isa in AVX2 SSE4_2; do \
+		XLA_FLAGS=--xla_cpu_max_isa=$$isa $(BIN)/python -m pytest -n 2 --dist worksteal || exit 1; \
+	done
+	LIBTPU_INIT_ARGS=--xla_jf_convolution_performance_target=0.95 \
+		$(BIN)/python benchmarks/tpu_aot.py --check
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .
@@ -57,11 +67,11 @@ $(BIN)/pip:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.demo-ready: $(BIN)/pip setup.py
-	$(BIN)/python -m pip install --quiet -e . $(addprefix -c ,$(CONSTRAINTS))
+	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/.test-ready: $(BIN)/pip setup.py $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet -e '.[test]' $(addprefix -c ,$(CONSTRAINTS))
+$(VENV)/.test-ready: $(BIN)/pip setup.py $(VERSIONS)
+	$(BIN)/python -m pip install --quiet -e '.[test]' $(or $(addprefix -r ,$(VERSIONS)),$(TPU))
 	touch $@
 
 $(VENV)/.docs-ready: $(BIN)/pip setup.py

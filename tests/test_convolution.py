@@ -33,15 +33,15 @@ def draw(*shape):
 def test_the_same_sums(shape, features):
     x, kernel = draw(*shape), draw(3, 3, shape[-1], features)
     expected = direct(x, kernel)
-    assert relative(convolution.winograd(x, convolution.winograd_kernels(kernel)), expected) < 3e-6
-    assert relative(convolution.surroundings(x, kernel), expected) < 3e-6
-    assert relative(convolution.shifted(x, kernel), expected) < 3e-6
+    assert relative(convolution.winograd(x, convolution.winograd_kernels(kernel)), expected) < 1e-5
+    assert relative(convolution.surroundings(x, kernel), expected) < 1e-5
+    assert relative(convolution.shifted(x, kernel), expected) < 1e-5
 
 
 @pytest.mark.parametrize("form", [convolution.surroundings, convolution.shifted])
 def test_any_size(form):
     x, kernel = draw(2, 5, 3, 4), draw(3, 3, 4, 6)
-    assert relative(form(x, kernel), direct(x, kernel)) < 3e-6
+    assert relative(form(x, kernel), direct(x, kernel)) < 1e-5
 
 
 def test_products_of_bfloat16_are_summed_in_float32():
@@ -76,7 +76,7 @@ def test_which_form_is_taken(monkeypatch, shape, channels, features, form):
     x, kernel = draw(*shape, channels), draw(3, 3, channels, features)
     program = jax.jit(convolution.convolve).lower(x, kernel).as_text()
     assert ("stablehlo.convolution" in program) == (form == "direct")
-    assert relative(jax.jit(convolution.convolve)(x, kernel), direct(x, kernel)) < 5e-6
+    assert relative(jax.jit(convolution.convolve)(x, kernel), direct(x, kernel)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_the_module_is_that_of_flax(dtype, stride, padding):
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, other.init(key, x)))
     found, expected = own.apply(params, x), other.apply(params, x)
     assert found.dtype == expected.dtype
-    assert relative(found, expected) < 1e-6
+    assert relative(found, expected) < 1e-5
 
 
 def test_multiply_adds_are_those_of_the_direct_form():

@@ -185,7 +185,7 @@ def test_attention_is_the_same_in_every_layout(monkeypatch, limit):
     weights = jax.nn.softmax(q @ k.swapaxes(2, 3) / np.sqrt(8))
     expected = (weights @ v).swapaxes(1, 2).reshape(x.shape)
     for result in found.values():
-        assert relative(result, expected) < 1e-6
+        assert relative(result, expected) < 1e-5
 
 
 def test_a_fresh_network_is_adaln_zero():

@@ -158,7 +158,7 @@ def test_every_scheme_of_names(owner, module, halves, ours, tmp_path):
     found = merged(state, changes, tmp_path, 0.5, owner)
     for name, value in found.items():
         expected = 1 + 0.5 * up @ down if name == f"{ours}.weight" else np.ones((4, 4))
-        np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_settings_beside_a_file(tmp_path):
@@ -270,7 +270,7 @@ def test_conversion(encoder, tmp_path):
     assert card.source_checksum != expected.source_checksum
     ours, theirs = ts.load(tmp_path / "net").params, ts.load(tmp_path / "expected").params
     kernel = ours["block_1"]["qkv"]["kernel"]
-    np.testing.assert_allclose(kernel, theirs["block_1"]["qkv"]["kernel"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(kernel, theirs["block_1"]["qkv"]["kernel"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(ours["block_0"]["qkv"]["kernel"],
                                   theirs["block_0"]["qkv"]["kernel"])  # fmt: skip
 

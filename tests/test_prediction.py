@@ -65,7 +65,7 @@ def test_guided_channels(setting):
     given, _ = halves(setting)
     everything = ts.cfg(network.denoiser, 3.0, 10)(network.params, x, knot, labels)
     some = ts.cfg(network.denoiser, 3.0, 10, channels=3)(network.params, x, knot, labels)
-    assert relative(some.eps[..., :3], everything.eps[..., :3]) < 1e-6
+    assert relative(some.eps[..., :3], everything.eps[..., :3]) < 1e-5
     assert relative(some.eps[..., 3:], given.eps[..., 3:]) < 1e-5
     with pytest.raises(ValueError, match="1 to 4, got 5"):
         ts.cfg(network.denoiser, 3.0, 10, channels=5)(network.params, x, knot, labels)
@@ -89,7 +89,7 @@ def test_guidance_and_stitching_in_either_order(setting):
     outside = ts.cfg(ts.stitch(pair, plan), 2.0, 10)
     inside = ts.stitch([ts.cfg(d, 2.0, 10) for d in pair], plan)
     a, b = (d(params, x, knot, labels) for d in (outside, inside))
-    assert relative(a.x0, b.x0) < 1e-6
+    assert relative(a.x0, b.x0) < 1e-5
     with pytest.raises(ValueError, match="the plan has 4 steps, the knots have 10"):
         ts.stitch(pair, ts.Plan.from_counts([2, 2]))(params, x, knot, labels)
     with pytest.raises(ValueError, match="2 networks, got 1 denoisers"):

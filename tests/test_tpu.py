@@ -44,7 +44,12 @@ def prepare(topology, coder=None, model=1, **more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
+OTHERS = ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2"]
+
+
+@pytest.mark.parametrize(
+    "topology", ["v5e:2x2", *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS)]
+)
 def test_it_compiles_without_collectives(topology, coder, standard_promotion):
     # Latents are decoded for the kind of TPU that most users have.
     request = prepare(topology, coder if topology == "v5e:2x2" else None)

@@ -97,10 +97,10 @@ def test_pieces_of_attention_are_the_same(monkeypatch, limit, piece):
     program = str(jax.make_jaxpr(lambda *given: unet.attend(*given))(q, k, v))
     logits = set(re.findall(r"f32\[\d+,\d+,7\] = dot_general", program))
     assert logits == {f"{piece} = dot_general"}
-    assert relative(unet.attend(q, k, v), plain_attention(q, k, v)) < 1e-6
+    assert relative(unet.attend(q, k, v), plain_attention(q, k, v)) < 1e-5
     # The form for TPUs, whose product sums the weights, too.
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, tpu, **_: tpu(*given))
-    assert relative(unet.attend(q, k, v), plain_attention(q, k, v)) < 1e-6
+    assert relative(unet.attend(q, k, v), plain_attention(q, k, v)) < 1e-5
 
 
 @pytest.mark.parametrize("limit", [10**6, 4 * 32, 1])
@@ -110,7 +110,7 @@ def test_pieces_of_a_gated_unit_are_the_same(monkeypatch, limit):
     h, *weights = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
     value, gate = jnp.split(h @ weights[0] + weights[1], 2, axis=-1)
     expected = (value * jax.nn.gelu(gate, approximate=False)) @ weights[2] + weights[3]
-    assert relative(unet.gated_unit(h, *weights), expected) < 1e-6
+    assert relative(unet.gated_unit(h, *weights), expected) < 1e-5
     program = str(jax.make_jaxpr(lambda *given: unet.gated_unit(*given))(h, *weights))
     assert ("scan" in program) == (limit < 14 * 32)
 
@@ -178,6 +178,7 @@ def test_full_checkpoints_by_shape(name, compvis):
         assert card.autoencoder == "vq-f8"
 
 
+@pytest.mark.full
 def test_stable_diffusion_whole():
     """One pass of 860 million parameters, from the names of either layout's tensors."""
     given = GIVEN["sd-1"]
@@ -327,7 +328,7 @@ def test_lora_is_merged_whatever_the_layout(folders, tmp_path):
     convert(folder, tmp_path / "net", loras=[(tmp_path / "style.safetensors", 0.5)])
     found = flatten(ts.load(tmp_path / "net").params)
     expected = plain[target] + 0.5 * 1.0 / 2 * (up @ down).T
-    assert relative(found[target], expected) < 1e-6
+    assert relative(found[target], expected) < 1e-5
     assert all(np.array_equal(found[key], plain[key]) for key in plain if key != target)
     names = unet_conversion.compvis("unet", as_tensors(compvis("bk")), {}, 2).lora_names
     given = GIVEN["bk"]["compvis"]
@@ -497,12 +498,12 @@ def test_kernels_are_computed_before_the_loop(pair):
         ([0.4, 0.6], {}), ([1.0, 0.0], {}), ([0.0, 1.0], {}), ([0.4, 0.6], AUTO)
     ):  # fmt: skip
         request = request_of(pair, fractions, **options)
-        assert relative(request.run(), without(request).run()) < 1e-6
+        assert relative(request.run(), without(request).run()) < 1e-5
 
 
 def test_kernels_are_computed_before_steps_that_are_called(pair):
     request = request_of(pair, [0.4, 0.6])
-    assert relative(request.run(lambda step: None), without(request).run()) < 1e-6
+    assert relative(request.run(lambda step: None), without(request).run()) < 1e-5
 
 
 def kernels_in_the_loop(request):
@@ -551,7 +552,7 @@ def test_each_device_of_a_mesh_computes_them(pair):
     spread = [ts.shard(network, ts.make_mesh()) for network in pair]
     request = request_of(spread, [0.4, 0.6])
     assert all(request.static["precompute"])
-    assert relative(request.run(), request_of(pair, [0.4, 0.6]).run()) < 1e-6
+    assert relative(request.run(), request_of(pair, [0.4, 0.6]).run()) < 1e-5
 
 
 def test_a_batch_too_large_for_the_form_has_none(pair, monkeypatch):
@@ -576,4 +577,4 @@ def test_on_shapes_and_within_jit_there_is_nothing_to_compute(pair):
         return request.function(request.inputs)
 
     found = jax.jit(sampled)([network.params for network in pair])
-    assert relative(found, request_of(pair, [0.4, 0.6]).run()) < 1e-6
+    assert relative(found, request_of(pair, [0.4, 0.6]).run()) < 1e-5
