@@ -21,7 +21,7 @@ setup(
     url="https://github.com/YOUR_ACCOUNT/tstitch_jax",
     python_requires=">=3.11",
     packages=find_packages(include=["tstitch_jax", "tstitch_jax.*", "checkpoints_convert"]),
-    package_data={"tstitch_jax": ["embedded/**/*"]},
+    package_data={"tstitch_jax": ["embedded/**/*", "py.typed", "*.pyi"]},
     install_requires=[
         "jax>=0.7.2",
         "flax>=0.11.2",
@@ -35,6 +35,7 @@ setup(
         "safetensors>=0.5",
         "huggingface_hub>=0.30",
         "filelock>=3.12",
+        "lazy_loader>=0.4",
         "flatbuffers>=24.3",  # of jax.export
         "shtab>=1.7",
         "tokenizers>=0.20.3",

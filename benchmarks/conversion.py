@@ -24,7 +24,7 @@ import numpy as np
 
 def write_checkpoint(path: Path) -> None:
     """A file as ``torch.save({"ema": state_dict}, path)`` writes it, without torch."""
-    from tstitch_jax.networks import dit
+    from tstitch_jax.models import dit
 
     width, depth = dit.SIZES["xl"]["width"], dit.SIZES["xl"]["depth"]
     layers = {

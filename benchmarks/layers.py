@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.networks import SIZES, dit
+from tstitch_jax.models import dit
+from tstitch_jax.models.families import SIZES
 
 
 def make(name: str, batch: int, dtype, scanned: bool):

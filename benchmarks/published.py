@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 import tstitch_jax as ts
-from tstitch_jax.checkpoint import module_of
-from tstitch_jax.networks import SIZES, param_shapes, unet
+from tstitch_jax.models import unet
+from tstitch_jax.models.families import SIZES, param_shapes
+from tstitch_jax.models.store import module_of
 
 
 def dit(name: str, size: int = 256) -> ts.Card:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import tstitch_jax as ts
-from tstitch_jax.networks import SIZES, dit, param_shapes
+from tstitch_jax.models import dit
+from tstitch_jax.models.families import SIZES, param_shapes
 
 STEPS = 10
 

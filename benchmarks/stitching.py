@@ -23,15 +23,15 @@ import numpy as np
 import published
 
 import tstitch_jax as ts
-from tstitch_jax import pipeline
+from tstitch_jax.sampling import sampler
 
 
 def steps() -> None:
     """The embedded pair, ten guided images: one network alone gives its time per step."""
     networks = [ts.load(name) for name in ("fashion-s", "fashion-xl")]
 
-    def request(plan: ts.Plan) -> pipeline.Sampling:
-        return pipeline.prepare(
+    def request(plan: ts.Plan) -> sampler.Sampling:
+        return sampler.prepare(
             jax.random.key(0), networks, labels=list(range(10)), plan=plan, steps=plan.steps
         )
 
@@ -107,7 +107,7 @@ def dtypes() -> None:
     for name in ("fashion-s", "fashion-b", "fashion-xl"):
         programs = {}
         for dtype in (jnp.float32, jnp.bfloat16):
-            request = pipeline.prepare(
+            request = sampler.prepare(
                 jax.random.key(0), [ts.load(name, dtype)], labels=[i % 10 for i in range(25)],
                 steps=10, solver="dpmpp", spacing="trailing", cfg_scale=1.5,
             )  # fmt: skip
@@ -125,10 +125,10 @@ def dtypes() -> None:
               f"{error:.4f} of 2", flush=True)  # fmt: skip
 
 
-def published_pair(count: int, leaf=lambda shape: shape) -> pipeline.Sampling:
+def published_pair(count: int, leaf=lambda shape: shape) -> sampler.Sampling:
     """DiT-S/2 and DiT-XL/2 at 256 px, one guided image, asked for latents."""
     networks = [published.make(published.dit(name), leaf=leaf) for name in ("dit-s-2", "dit-xl-2")]
-    return pipeline.prepare(
+    return sampler.prepare(
         jax.random.key(0), networks, labels=[0], fractions=[0.4, 0.6], steps=count, decode=False
     )
 

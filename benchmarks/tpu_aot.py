@@ -35,7 +35,7 @@ import numpy as np
 import published
 
 import tstitch_jax as ts
-from tstitch_jax import pipeline
+from tstitch_jax.sampling import sampler
 
 NAMES = ("dit-s-2", "dit-xl-2")
 TEXT_NAMES = ("bk-sdm-tiny", "sd-1")
@@ -94,7 +94,7 @@ def compile_sampler(
     else:
         networks = [make(published.dit(name, size)) for name in NAMES]
         asked = dict(labels=[0] * count)
-    request = pipeline.prepare(
+    request = sampler.prepare(
         jax.random.key(0), networks, **asked, fractions=[0.5, 0.5], steps=STEPS,
         autoencoder=make(published.AUTOENCODER) if decode else None, decode=decode,
     )  # fmt: skip

@@ -25,7 +25,7 @@ import tpu_aot
 from flax import linen as nn
 from unet_parts import direct
 
-from tstitch_jax.networks import convolution
+from tstitch_jax.models import convolution
 
 SHAPES = [
     (2, 64, 320, 320),

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from tstitch_jax.networks import convolution, unet
+from tstitch_jax.models import convolution, unet
 
 CONVOLUTIONS = [
     (2, 64, 320, 320),

@@ -24,8 +24,8 @@ import published
 import torch
 from diffusers import UNet2DConditionModel
 
-from tstitch_jax import pipeline
-from tstitch_jax.networks import unet
+from tstitch_jax.models import unet
+from tstitch_jax.sampling import sampler
 
 NAMES = ("bk-sdm-tiny", "sd-1")
 CALLS = 4
@@ -62,7 +62,7 @@ def main(rounds: int, side: int, steps: int) -> None:
     latents = torch.tensor(rng.standard_normal((2, 4, side, side), np.float32))
 
     def ours_run(k: int) -> None:
-        request = pipeline.prepare(
+        request = sampler.prepare(
             jax.random.key(0), networks, context=context[:1], negative=context[1:],
             fractions=[1 - k, k], steps=steps, decode=False,
         )  # fmt: skip

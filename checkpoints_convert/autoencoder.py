@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import SIDE, Conversion, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, conv, layer, norm_layer, same
-from tstitch_jax.checks import shown
-from tstitch_jax.types import AutoencoderCard
+from tstitch_jax.core.checks import shown
+from tstitch_jax.models.cards import AutoencoderCard
 
 SCALING_FACTOR = 0.18215
 """Of Stable Diffusion's autoencoder, where the checkpoint does not say it (Rombach et al. 2022)."""

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, layer, linear, norm_layer, patches, same
-from tstitch_jax.checks import shown
-from tstitch_jax.networks.clip import ACTIVATIONS
-from tstitch_jax.types import FeatureCard, TextEncoderCard
+from tstitch_jax.core.checks import shown
+from tstitch_jax.models.cards import FeatureCard, TextEncoderCard
+from tstitch_jax.models.clip import ACTIVATIONS
 
 WITHIN = "cond_stage_model.transformer."
 """Where a whole Stable Diffusion checkpoint keeps its text tower."""

@@ -19,7 +19,10 @@ from checkpoints_convert import autoencoder, clip, dit, inception, lora, readers
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion
 from checkpoints_convert.rules import Tensor
-from tstitch_jax.checkpoint import (
+from tstitch_jax.core.checks import unknown
+from tstitch_jax.models.cards import BaseCard, Card
+from tstitch_jax.models.families import param_shapes
+from tstitch_jax.models.store import (
     TAKE_TEXTS,
     check_card,
     check_place,
@@ -30,10 +33,7 @@ from tstitch_jax.checkpoint import (
     module_of,
     replace_folder,
 )
-from tstitch_jax.networks import param_shapes
-from tstitch_jax.schedules import unknown
-from tstitch_jax.tokenizer import read_tokenizer
-from tstitch_jax.types import BaseCard, Card
+from tstitch_jax.models.tokenizer import read_tokenizer
 
 
 class Layout(NamedTuple):

@@ -12,8 +12,8 @@ import numpy as np
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import SIDE, Conversion, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, layer, patches, same
-from tstitch_jax.networks import dit
-from tstitch_jax.types import Card
+from tstitch_jax.models import dit
+from tstitch_jax.models.cards import Card
 
 AUTOENCODER = "sd-vae-ft-ema"
 """The published networks' latents are this one's."""

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.rules import Rule, Tensor
-from tstitch_jax.checks import shown
-from tstitch_jax.types import BaseCard
+from tstitch_jax.core.checks import shown
+from tstitch_jax.models.cards import BaseCard
 
 
 class Conversion(NamedTuple):

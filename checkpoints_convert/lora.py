@@ -23,7 +23,7 @@ import numpy as np
 from checkpoints_convert import readers
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.rules import Tensor, grouped
-from tstitch_jax.checks import check_number, shown
+from tstitch_jax.core.checks import check_number, shown
 
 OWNERS = {
     "lora_unet_": "unet",

@@ -11,10 +11,10 @@ import numpy as np
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import SCHEDULER, SIDE, Conversion, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, conv, layer, linear, norm_layer, same
-from tstitch_jax.checks import shown
-from tstitch_jax.networks import unet
-from tstitch_jax.schedules import make_schedule
-from tstitch_jax.types import Card
+from tstitch_jax.core.checks import shown
+from tstitch_jax.core.schedules import make_schedule
+from tstitch_jax.models import unet
+from tstitch_jax.models.cards import Card
 
 CONTEXT_LENGTH = 77
 """Tokens of the texts that these networks were trained with."""

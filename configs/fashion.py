@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tstitch_jax.models.cards import Card
 from tstitch_jax.training import TrainConfig
-from tstitch_jax.types import Card
 
 DATA = "tfds:fashion_mnist"
 

@@ -9,8 +9,8 @@ Expected: a loss of 0.64 at the end; an accuracy of 0.93 on images that were hel
 
 from fashion import DATA, FACTS
 
+from tstitch_jax.models.cards import FeatureCard
 from tstitch_jax.training import ClassifierConfig
-from tstitch_jax.types import FeatureCard
 
 config = ClassifierConfig(
     card=FeatureCard(

@@ -22,10 +22,11 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import tstitch_jax as ts
-from tstitch_jax import charts, pipeline
 from tstitch_jax.cli.text import load_config
-from tstitch_jax.costs import pareto_front
-from tstitch_jax.files import write_text
+from tstitch_jax.core.files import write_text
+from tstitch_jax.jobs.timing import pareto_front
+from tstitch_jax.report import charts
+from tstitch_jax.sampling import sampler
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -136,7 +137,7 @@ def measure_cost() -> None:
     rows = []
     for names in (NAMES[-1:], NAMES):
         networks = [ts.load(name) for name in names]
-        request = pipeline.prepare(
+        request = sampler.prepare(
             jax.random.key(0), networks, labels=np.resize(np.arange(10), 25).tolist(), steps=10,
             solver="dpmpp", fractions=[1 / len(names)] * len(names),
         )  # fmt: skip
@@ -183,7 +184,7 @@ def measure_calibration() -> None:
             names = list(points[0].networks)
             networks = [ts.load(each) for each in names]
             plans = [
-                pipeline.prepare(jax.random.key(0), networks, labels=[0], **point.options).plan
+                sampler.prepare(jax.random.key(0), networks, labels=[0], **point.options).plan
                 for point in points
             ]
             options = {"cfg_scale": 1.5} | points[0].options

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import tstitch_jax as ts
-from tstitch_jax import pictures
+from tstitch_jax.report import pictures
 
 ROWS = [
     ("ddim, 100", dict(steps=100)),

@@ -36,7 +36,7 @@ def check_types(thing):
     return thing if "__call__.<locals>" in thing.__qualname__ else beartype(thing)
 
 
-hook = install_import_hook("tstitch_jax", "conftest.check_types")
+install_import_hook("tstitch_jax", "conftest.check_types")
 
 import jax
 import pytest
@@ -45,10 +45,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 from hypothesis import settings
-
-import tstitch_jax  # noqa: F401  # under the hook, before any test module imports a part of it
-
-hook.uninstall()
 
 
 @pytest.fixture

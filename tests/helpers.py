@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import convert
-from tstitch_jax.checkpoint import load, make_network, module_of, read_card, save
-from tstitch_jax.networks import init_params
-from tstitch_jax.sampler import draw_noise
-from tstitch_jax.schedules import make_schedule
-from tstitch_jax.types import Card, Network, Prediction
+from tstitch_jax.core.loop import draw_noise
+from tstitch_jax.core.schedules import make_schedule
+from tstitch_jax.core.types import Prediction
+from tstitch_jax.models.cards import Card
+from tstitch_jax.models.families import init_params
+from tstitch_jax.models.store import load, make_network, module_of, read_card, save
+from tstitch_jax.models.types import Network
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -11,49 +11,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tstitch_jax"
 CONVERT = ROOT / "checkpoints_convert"
 
-# A module may import from a lower rank only; modules of one rank do not know each other.
-RANKS = {
-    "types": 0,
-    "checks": 1,
-    "schedules": 2,
-    "networks": 1,
-    "tokenizer": 2,
-    "pictures": 1,
-    "charts": 1,
-    "files": 0,
-    "records": 1,
-    "shards": 1,
-    "hosts": 1,
-    "prediction": 3,
-    "plan": 2,
-    "guidance": 4,
-    "solvers": 3,
-    "stitch": 3,
-    "checkpoint": 4,
-    "evaluation": 3,
-    "sampler": 4,
-    "checkpoints_convert": 5,
-    "parallel": 5,
-    "conditioning": 5,
-    "hub": 6,
-    "training": 7,
-    "pipeline": 6,
-    "generation": 7,
-    "exporting": 7,
-    "costs": 7,
-    "calibration": 8,
-    "sweep": 8,
-    "__init__": 9,
-    "cli": 10,
-}
-CORE = {
-    "types", "checks", "schedules", "prediction", "plan", "guidance", "solvers", "stitch",
-    "sampler",
-}  # fmt: skip
-CORE_MAY_IMPORT = {"jax", "numpy", "jaxtyping"}
+# A folder imports from itself and from folders before it.
+ORDER = (
+    "core", "report", "models", "checkpoints_convert", "hub", "evaluation", "sampling", "jobs",
+    "training", "__init__", "cli",
+)  # fmt: skip
+CORE_MAY_IMPORT = {"jax", "numpy", "jaxtyping", "tstitch_jax"}
 
 
-def module_of(path: Path) -> str:
+def folder_of(path: Path) -> str:
     if CONVERT in path.parents:
         return CONVERT.name
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -67,42 +33,39 @@ def imports(path: Path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            if node.module == "tstitch_jax":
-                yield from (f"tstitch_jax.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 FILES = sorted([*PACKAGE.rglob("*.py"), *CONVERT.rglob("*.py")])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_downwards(path):
-    here = module_of(path)
+def test_imports_run_one_way(path):
+    here = folder_of(path)
     for name in imports(path):
         parts = name.split(".")
+        if here == "core":
+            assert parts[0] in CORE_MAY_IMPORT | set(sys.stdlib_module_names)
         if parts[0] == CONVERT.name:
             there = CONVERT.name
-        elif parts[0] == "tstitch_jax":
-            there = parts[1] if len(parts) > 1 and parts[1] in RANKS else "__init__"
+        elif parts[0] == PACKAGE.name:
+            there = parts[1] if len(parts) > 1 and parts[1] in ORDER else "__init__"
         else:
-            if here in CORE:
-                assert parts[0] in CORE_MAY_IMPORT | set(sys.stdlib_module_names)
             continue
         if there != here:
-            assert RANKS[there] < RANKS[here], f"{here} imports {there}"
+            assert ORDER.index(there) < ORDER.index(here), f"{here} imports {name}"
 
 
-def test_three_concepts_do_not_know_each_other():
-    for here, others in {
-        "solvers": {"stitch", "sampler", "networks", "plan"},
-        "stitch": {"solvers", "sampler", "networks"},
-        "sampler": {"solvers", "stitch", "networks", "plan"},
-    }.items():
-        for path in FILES:
-            if module_of(path) == here:
-                known = {name.split(".")[1] for name in imports(path) if "tstitch_jax." in name}
-                assert not known & others, f"{path} imports {known & others}"
+def test_solvers_stitching_and_the_loop_do_not_know_each_other():
+    core = PACKAGE / "core"
+    for files, others in (
+        (core.glob("solvers/*.py"), {"stitch", "loop", "guidance", "plan"}),
+        ([core / "stitch.py"], {"solvers", "loop"}),
+        ([core / "loop.py"], {"solvers", "stitch", "guidance", "plan"}),
+    ):
+        for path in files:
+            known = {name.split(".")[2] for name in imports(path) if "tstitch_jax." in name}
+            assert not known & others, f"{path} imports {known & others}"
 
 
 def test_one_scan_and_one_place_that_branches():
@@ -110,12 +73,12 @@ def test_one_scan_and_one_place_that_branches():
         for path in FILES:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and node.attr in primitives:
-                    yield module_of(path)
+                    yield "/".join(path.relative_to(ROOT).with_suffix("").parts[1:3])
 
-    assert list(users("scan", "while_loop", "fori_loop")) == ["sampler"]
-    assert set(users("switch")) == {"stitch"}
-    # Of the solvers two leave an evaluation out; networks are chosen in one place.
-    assert set(users("cond")) == {"stitch", "solvers"}
+    assert list(users("scan", "while_loop", "fori_loop")) == ["core/loop"]
+    assert set(users("switch")) == {"core/stitch"}
+    # Two of the solvers leave an evaluation out; networks are chosen in one place.
+    assert set(users("cond")) == {"core/stitch", "core/solvers"}
 
 
 def test_import_is_light():

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tstitch_jax as ts
-from tstitch_jax import calibration, cli
-from tstitch_jax.types import Card, Network, Prediction
+from tstitch_jax import cli
+from tstitch_jax.core.types import Prediction
+from tstitch_jax.jobs import calibrate
+from tstitch_jax.models.cards import Card
+from tstitch_jax.models.types import Network
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 SHAPE, STEPS = (8, 6, 2), 12
-MAPS = calibration._cosines(8), calibration._cosines(6)
-BANDS = calibration._bands(8, 6)
+MAPS = calibrate._cosines(8), calibrate._cosines(6)
+BANDS = calibrate._bands(8, 6)
 
 
 def transform(x):
@@ -76,7 +79,7 @@ def measured(networks, plan, **options):
 
     alone = draw(ts.Plan.from_list([len(networks) - 1] * STEPS, len(networks)))
     variance = np.einsum("suv,uvc->sc", BANDS, alone.var(axis=0, ddof=1))
-    variance = variance / BANDS.sum((1, 2))[:, None] + calibration._FLOOR
+    variance = variance / BANDS.sum((1, 2))[:, None] + calibrate._FLOOR
     unit = np.einsum("suv,sc->uvc", BANDS, variance)
     return np.mean(np.square(draw(plan) - alone) / unit)
 
@@ -200,13 +203,13 @@ def test_measured_seconds_and_one_program():
     networks = [gaussian("a", shifted(0.1)), gaussian("b")]
     found = calibrate(networks, costs="seconds")
     assert (found.costs > 0).all()
-    programs = calibration._measure._cache_size()
+    programs = calibrate._measure._cache_size()
     assert programs > 0
     ts.calibrate(
         jax.random.key(7), networks, steps=STEPS, cfg_scale=None, conditions=24, costs="seconds",
         labels=[1, 2], budget=1.0,
     )  # fmt: skip
-    assert calibration._measure._cache_size() == programs
+    assert calibrate._measure._cache_size() == programs
 
 
 @st.composite
@@ -239,7 +242,7 @@ def brute_force(gram, costs, allowed, free):
 def found_by_search(gram, costs, allowed, free):
     count, steps = costs.shape
     found = {}
-    for plan in calibration._search(gram, allowed, free):
+    for plan in calibrate._search(gram, allowed, free):
         entries = [k * steps + i for i, k in enumerate(plan) if k < count - 1]
         counts = tuple(np.bincount(plan, minlength=count))
         assert counts not in found
@@ -295,8 +298,8 @@ def test_the_search_among_free_plans_where_errors_are_independent(problem):
 def test_long_plans_of_many_networks_are_looked_through_in_blocks():
     count, steps = 4, 250
     gram = np.eye((count - 1) * steps)
-    plans = calibration._search(gram, np.ones((count, steps), bool), False)
-    assert 1000 < len(plans) <= calibration._STATES
+    plans = calibrate._search(gram, np.ones((count, steps), bool), False)
+    assert 1000 < len(plans) <= calibrate._STATES
     assert all(len(plan) == steps and plan == sorted(plan) for plan in plans)
 
 
@@ -308,7 +311,7 @@ def test_a_saved_calibration_is_a_plan(tmp_path):
     np.testing.assert_array_equal(plan.networks, found.plan.networks)
     about = json.loads((tmp_path / "plan.json").read_text())["calibration"]
     assert about["networks"] == ["a", "b"]
-    assert about["tolerance"] == calibration.TOLERANCE
+    assert about["tolerance"] == calibrate.TOLERANCE
     assert len(about["front"]) == len(found.front)
     assert about["cfg_scale"] is None
     assert len(about["times"]) == STEPS + 1

@@ -13,7 +13,8 @@ import pytest
 from helpers import random_params, tiny_card, tiny_network
 
 import tstitch_jax as ts
-from tstitch_jax import checkpoint, hub
+from tstitch_jax.hub import resolve
+from tstitch_jax.models import store
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_half_precision_is_the_rounded_network(tmp_path):
 
 
 def test_parameters_larger_than_what_is_in_flight(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "IN_FLIGHT", 1000)
+    monkeypatch.setattr(store, "IN_FLIGHT", 1000)
     ts.save(tmp_path / "net", tiny_network())
     assert ts.load(tmp_path / "net").card.checksum == tiny_network().card.checksum
 
@@ -100,7 +101,7 @@ def test_a_failed_rename_puts_the_old_one_back(folder, monkeypatch):
 
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(OSError, match="went away"):
-        checkpoint.replace_folder(folder, lambda new: None)
+        store.replace_folder(folder, lambda new: None)
     monkeypatch.undo()
     ts.load(folder)
     assert os.listdir(folder.parent) == ["net"]
@@ -114,7 +115,7 @@ def test_sigterm_leaves_nothing_behind(folder):
         "def write(new):\n"
         "    (new / 'half').write_text('')\n"
         "    signal.raise_signal(signal.SIGTERM)\n"
-        "checkpoint.replace_folder(Path(sys.argv[1]), write)\n"
+        "store.replace_folder(Path(sys.argv[1]), write)\n"
     )
     assert subprocess.run([sys.executable, "-c", script, str(folder)]).returncode == 143
     ts.load(folder)
@@ -211,12 +212,12 @@ def test_a_folder_beside_the_network_is_told(folder, tmp_path):
 
 
 def test_embedded_networks():
-    assert hub.embedded_names() == ["fashion-b", "fashion-features", "fashion-s", "fashion-xl"]
+    assert resolve.embedded_names() == ["fashion-b", "fashion-features", "fashion-s", "fashion-xl"]
     networks = small, middle, large = [ts.load(f"fashion-{size}") for size in ("s", "b", "xl")]
     assert large.card.macs > 4 * middle.card.macs > 10 * small.card.macs
     for network in networks:
         assert network.card.license == "Apache-2.0"
         assert len(network.card.class_names) == network.card.num_classes == 10
         assert network.card.num_params == sum(x.size for x in jax.tree.leaves(network.params))
-    size = sum(f.stat().st_size for f in hub.EMBEDDED.rglob("*") if f.is_file())
+    size = sum(f.stat().st_size for f in resolve.EMBEDDED.rglob("*") if f.is_file())
     assert size < 20e6

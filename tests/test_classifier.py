@@ -11,13 +11,15 @@ import pytest
 from helpers import random_params, relative
 
 import tstitch_jax as ts
-from tstitch_jax import checkpoint, hub
-from tstitch_jax.networks import count_params
-from tstitch_jax.networks.classifier import Classifier
+from tstitch_jax.hub import resolve
+from tstitch_jax.models import store
+from tstitch_jax.models.cards import FeatureCard
+from tstitch_jax.models.classifier import Classifier
+from tstitch_jax.models.families import count_params
+from tstitch_jax.models.types import Features
 from tstitch_jax.training import ClassifierConfig, train
 from tstitch_jax.training.classification import accuracy, augment, make_classifier_loss
 from tstitch_jax.training.data import ArrayImages, NoSplit, open_images
-from tstitch_jax.types import FeatureCard, Features
 
 
 def tiny_card(**changes) -> FeatureCard:
@@ -33,7 +35,7 @@ def tiny_card(**changes) -> FeatureCard:
 
 @functools.cache
 def tiny_network(dtype=jnp.float32):
-    return checkpoint.make_feature_network(tiny_card(), random_params(tiny_card()), dtype)
+    return store.make_feature_network(tiny_card(), random_params(tiny_card()), dtype)
 
 
 def extract(network, pixels):
@@ -74,7 +76,7 @@ def test_features():
     assert 0 < relative(close.pool, features.pool) < 0.03
     assert relative(close.logits, features.logits) < 0.03
     # What a kernel is cast to anyway it is held in; norms and the last layer are float32.
-    held = {name: leaf.dtype for name, leaf in checkpoint.flatten(rounded.params).items()}
+    held = {name: leaf.dtype for name, leaf in store.flatten(rounded.params).items()}
     assert held["level_0_resnet_0/conv1/kernel"] == jnp.bfloat16
     assert held["level_0_resnet_0/norm1/scale"] == held["logits/kernel"] == jnp.float32
     alone = extract(exact, PIXELS[:1])  # does not depend on its batch
@@ -254,7 +256,7 @@ def test_settings_are_those_of_the_kind():
 def test_the_embedded_network_tells_garments_apart():
     """Drawn by hand: trousers and a bag, as Fashion-MNIST shows them."""
     network = ts.load("fashion-features")
-    assert "fashion-features" in hub.embedded_names()
+    assert "fashion-features" in resolve.embedded_names()
     assert network.card.image_shape == (28, 28, 1)
     trousers = np.zeros((28, 28, 1), np.uint8)
     trousers[1:8, 9:19] = 180
@@ -265,5 +267,5 @@ def test_the_embedded_network_tells_garments_apart():
     features = extract(network, np.stack([trousers, bag]))
     names = [network.card.class_names[k] for k in features.logits.argmax(1)]
     assert names == ["Trouser", "Bag"]
-    size = sum(f.stat().st_size for f in hub.find("fashion-features").rglob("*") if f.is_file())
+    size = sum(f.stat().st_size for f in resolve.find("fashion-features").rglob("*") if f.is_file())
     assert size < 1.5e6

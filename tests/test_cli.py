@@ -18,7 +18,10 @@ from helpers import tiny_network, write_text_pair
 from PIL import Image
 
 import tstitch_jax as ts
-from tstitch_jax import checkpoint, cli, hub, pictures
+from tstitch_jax import cli
+from tstitch_jax.hub import resolve
+from tstitch_jax.models import store
+from tstitch_jax.report import pictures
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,7 +98,7 @@ def test_convert_and_sample(tmp_path, capsys, monkeypatch):
     status, out, _ = run(capsys, "convert", VAE, "vae", "--license", "MIT")
     assert status == 0
     assert "SHA-256" in out
-    assert checkpoint.read_card("vae").license == "MIT"
+    assert store.read_card("vae").license == "MIT"
     arguments = ["sample", "--networks", "small", "large", "--steps", "2", "--labels", "0", "1"]
     status, _, _ = run(capsys, *arguments, "--autoencoder", "vae")
     assert status == 0
@@ -265,7 +268,7 @@ def test_bad_input(capsys, tmp_path, folders, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     ts.Plan.from_counts([1, 2]).save("short.json")
-    monkeypatch.setattr("tstitch_jax.pipeline._sample", None)  # nothing may be compiled
+    monkeypatch.setattr("tstitch_jax.sampling.sampler._sample", None)  # nothing may be compiled
     arguments = [folders.get(a, a) for a in arguments]
     status, out, err = run(capsys, "sample", *arguments)
     assert status == 2
@@ -317,8 +320,8 @@ def test_train(capsys, tmp_path, monkeypatch):
 
 
 def test_the_projects_configurations_are_the_embedded_networks():
-    for name in hub.embedded_names():
-        card = checkpoint.read_card(hub.find(name))
+    for name in resolve.embedded_names():
+        card = store.read_card(resolve.find(name))
         config = cli.networks._load_config(str(ROOT / card.source.removeprefix("tstitch train ")))
         first = ROOT / "configs" / f"{Path(config.init).parent.name}.py"
         if config.init:

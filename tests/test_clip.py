@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 import tstitch_jax as ts
 from checkpoints_convert import CheckpointError, conversion, convert, rules
 from checkpoints_convert.rules import Tensor
-from tstitch_jax import checkpoint
-from tstitch_jax.checkpoint import flatten, module_of
-from tstitch_jax.networks import count_params, param_shapes
-from tstitch_jax.networks.clip import CLIP, TextTower, prepare
+from tstitch_jax.models import store
+from tstitch_jax.models.clip import CLIP, TextTower, prepare
+from tstitch_jax.models.families import count_params, param_shapes
+from tstitch_jax.models.store import flatten, module_of
 
 TINY = GOLDEN / "clip_tiny"
 LIMIT = 2e-5
@@ -234,7 +234,7 @@ def state_of(name):
 def test_cards(folders, encoder, clip):
     card = encoder.card
     assert (card.name, card.architecture) == ("text", "clip_text")
-    assert card == checkpoint.read_card(folders / "text")
+    assert card == store.read_card(folders / "text")
     assert card.num_params == count_params(encoder.params)
     assert (folders / "text" / "tokenizer" / "vocab.json").read_bytes() == (
         TINY / "tokenizer" / "vocab.json"

@@ -11,9 +11,10 @@ from PIL import Image
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax import cli, hub
+from tstitch_jax import cli
 from tstitch_jax.evaluation import ClipScore, embed_texts, read_prompts
 from tstitch_jax.evaluation.sources import from_array
+from tstitch_jax.hub import resolve
 
 TINY = GOLDEN / "clip_tiny"
 with np.load(TINY / "expected.npz") as npz:
@@ -186,8 +187,10 @@ def test_on_the_command_line(folder, clip, tmp_path, capsys, monkeypatch):
 
     # Without --features it is the published network, of which the tiny one takes the place.
     asked = []
-    load = hub.load
-    monkeypatch.setattr(hub, "load", lambda n, *a, **k: asked.append(n) or load(folder, *a, **k))
+    load = resolve.load
+    monkeypatch.setattr(
+        resolve, "load", lambda n, *a, **k: asked.append(n) or load(folder, *a, **k)
+    )
     assert cli.main(arguments) == 0
     assert asked == ["clip-vit-large-patch14"]
     prompts.write_text("fox\n")

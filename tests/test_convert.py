@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 import tstitch_jax as ts
 from checkpoints_convert import CheckpointError, conversion, convert, readers, rules
 from checkpoints_convert.rules import Tensor
-from tstitch_jax.checkpoint import flatten, module_of
-from tstitch_jax.networks import SIZES, param_shapes
+from tstitch_jax.models.families import SIZES, param_shapes
+from tstitch_jax.models.store import flatten, module_of
 
 DIFFUSERS = GOLDEN / "diffusers_tiny"
 PUBLISHED = GOLDEN / "tstitch_tiny"
@@ -108,7 +108,7 @@ def test_large_batches_are_coded_in_chunks(autoencoder, monkeypatch):
     encode, decode, params = autoencoder.encode, autoencoder.decode, autoencoder.params
     whole = encode(params, images, noise)
     image = decode(params, whole)
-    monkeypatch.setattr("tstitch_jax.networks.autoencoder.CHUNK_PIXELS", 2 * 8 * 12)
+    monkeypatch.setattr("tstitch_jax.models.autoencoder.CHUNK_PIXELS", 2 * 8 * 12)
     assert "scan" in str(jax.make_jaxpr(decode)(params, whole))
     np.testing.assert_allclose(encode(params, images, noise), whole, atol=1e-5)
     np.testing.assert_allclose(decode(params, whole), image, atol=1e-5)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from helpers import relative
 
-from tstitch_jax.networks import convolution, count_macs
+from tstitch_jax.models import convolution
+from tstitch_jax.models.families import count_macs
 
 
 def direct(x, kernel):

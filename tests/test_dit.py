@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from helpers import random_params, relative, tiny_card
 
-from tstitch_jax.checkpoint import make_network, module_of
-from tstitch_jax.networks import (
+from tstitch_jax.core.grids import make_knots
+from tstitch_jax.models import dit
+from tstitch_jax.models.families import (
     SIZES,
     compute_dtypes,
     count_params,
-    dit,
     init_params,
     module_macs,
     param_shapes,
 )
-from tstitch_jax.schedules import make_knots
+from tstitch_jax.models.store import make_network, module_of
 
 # Parameters in millions and Gflops at 256 px: Peebles & Xie 2022, tables 1 and 4 and appendix B.
 PUBLISHED = {

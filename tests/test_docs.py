@@ -12,7 +12,8 @@ import pytest
 import checkpoints_convert
 import tstitch_jax as ts
 import tstitch_jax.training
-from tstitch_jax import evaluation, solvers
+from tstitch_jax import evaluation
+from tstitch_jax.core import solvers
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = {

@@ -17,7 +17,8 @@ from tstitch_jax import cli
 from tstitch_jax.evaluation import Evaluation, evaluate, frechet_distance, open_source
 from tstitch_jax.evaluation.features import Extractor
 from tstitch_jax.evaluation.sources import from_array
-from tstitch_jax.types import FeatureCard, FeatureNetwork, Features
+from tstitch_jax.models.cards import FeatureCard
+from tstitch_jax.models.types import FeatureNetwork, Features
 
 SIDE, CLASSES = 6, 3
 

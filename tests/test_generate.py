@@ -23,8 +23,8 @@ from PIL import Image
 
 import tstitch_jax as ts
 from tstitch_jax import cli
-from tstitch_jax.hosts import Hosts
-from tstitch_jax.shards import Shards
+from tstitch_jax.jobs.hosts import Hosts
+from tstitch_jax.jobs.shards import Shards
 
 OPTIONS = dict(num=15, batch=2, steps=3, progress=False)
 

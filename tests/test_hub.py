@@ -21,18 +21,10 @@ import pytest
 from helpers import GOLDEN, tiny_network
 
 import tstitch_jax as ts
-from tstitch_jax import hub
-from tstitch_jax.networks import (
-    SIZES,
-    clip,
-    count_params,
-    dit,
-    inception,
-    module_macs,
-    param_shapes,
-    unet,
-)
-from tstitch_jax.networks.autoencoder import LatentAutoencoder
+from tstitch_jax.hub import catalog, download, resolve
+from tstitch_jax.models import clip, dit, inception, unet
+from tstitch_jax.models.autoencoder import LatentAutoencoder
+from tstitch_jax.models.families import SIZES, count_params, module_macs, param_shapes
 
 BODY = np.random.default_rng(0).bytes(3 * 2**20 + 12345)
 HALF = 2**20 + 2**19
@@ -94,7 +86,7 @@ def server():
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(hub, "PAUSE", 0)
+    monkeypatch.setattr(download, "PAUSE", 0)
     return tmp_path
 
 
@@ -102,24 +94,24 @@ def cache(tmp_path, monkeypatch):
 def net(server, cache, monkeypatch):
     """A public network on the server; the file that is its download's."""
     entry = dataclasses.replace(
-        hub.PUBLIC["dit-xl-2-256"], files=("net.pt",), url=f"{server.url}/net.pt"
+        catalog.PUBLIC["dit-xl-2-256"], files=("net.pt",), url=f"{server.url}/net.pt"
     )
-    monkeypatch.setitem(hub.PUBLIC, "net", entry)
+    monkeypatch.setitem(catalog.PUBLIC, "net", entry)
     return cache / "downloads" / "net.pt"
 
 
 def leave_part(server, net, cut=HALF):
     """A download that broke off after ``cut`` bytes."""
-    server.cuts = [cut] + [0] * hub.RETRIES
+    server.cuts = [cut] + [0] * download.RETRIES
     with pytest.raises(ValueError, match=f"closed after {cut} of {len(BODY)} bytes"):
-        hub.download("net")
+        download.download("net")
     assert Path(f"{net}.part").read_bytes() == BODY[:cut]
     assert not net.exists()
     server.cuts, server.seen = [], []
 
 
 def check_download(net):
-    assert hub.download("net") == net
+    assert download.download("net") == net
     assert net.read_bytes() == BODY
     assert sorted(f.name for f in net.parent.glob("net.pt.*")) in ([], ["net.pt.lock"])
 
@@ -143,8 +135,10 @@ def archive_of(body, name="model.ckpt"):
 def archived(server, net, monkeypatch):
     """The same file in an archive."""
     server.files["/net.zip"] = archive_of(BODY)
-    entry = dataclasses.replace(hub.PUBLIC["net"], url=f"{server.url}/net.zip", member="model.ckpt")
-    monkeypatch.setitem(hub.PUBLIC, "net", entry)
+    entry = dataclasses.replace(
+        catalog.PUBLIC["net"], url=f"{server.url}/net.zip", member="model.ckpt"
+    )
+    monkeypatch.setitem(catalog.PUBLIC, "net", entry)
     return net
 
 
@@ -162,7 +156,7 @@ def test_an_archive_that_was_not_unpacked(server, archived, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfileobj", killed)
         with pytest.raises(KeyboardInterrupt):
-            hub.download("net")
+            download.download("net")
     assert not archived.exists()
     check_download(archived)
     assert server.seen == [None]
@@ -176,7 +170,7 @@ DAMAGED[len(DAMAGED) // 2] ^= 255
 def test_another_archive(server, archived, body):
     server.files["/net.zip"] = body
     with pytest.raises(ValueError, match=r"net.pt.zip is no archive with model.ckpt whole"):
-        hub.download("net")
+        download.download("net")
     Path(f"{archived}.zip").unlink()
     server.files["/net.zip"] = archive_of(BODY)
     check_download(archived)
@@ -186,7 +180,7 @@ def test_an_archive_by_other_means(server, archived):
     server.status = 404
     said = rf"Save model.ckpt in {server.url}/net.zip as net.pt by other means"
     with pytest.raises(ValueError, match=said):
-        hub.download("net")
+        download.download("net")
 
 
 def test_a_dropped_connection_goes_on(server, net):
@@ -210,9 +204,9 @@ def test_a_complete_part_is_not_fetched_again(server, net):
 
 def test_a_killed_process_leaves_its_part(server, net):
     code = (
-        "import dataclasses; from tstitch_jax import hub\n"
-        "hub.PUBLIC['net'] = dataclasses.replace(hub.PUBLIC['dit-xl-2-256'], files=('net.pt',), "
-        f"url='{server.url}/net.pt')\nhub.download('net')"
+        "import dataclasses; from tstitch_jax.hub import catalog, download\n"
+        "entry = dataclasses.replace(catalog.PUBLIC['dit-xl-2-256'], files=('net.pt',), "
+        f"url='{server.url}/net.pt')\ncatalog.PUBLIC['net'] = entry\ndownload.download('net')"
     )
     server.cuts, server.stalls = [2 * 2**20], True
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -286,22 +280,22 @@ def test_a_server_that_always_sends_too_little(server, net):
     server.cuts = [HALF] * 99
     server.ignores_range = True
     with pytest.raises(ValueError, match=f"cannot download net: .* {HALF} of {len(BODY)} bytes"):
-        hub.download("net")
-    assert len(server.seen) == 1 + hub.RETRIES
+        download.download("net")
+    assert len(server.seen) == 1 + download.RETRIES
 
 
 @pytest.mark.parametrize("status", [403, 404, 500])
 def test_http_errors(server, net, status):
     server.status = status
     with pytest.raises(ValueError, match=f"cannot download net: the server answers {status} "):
-        hub.download("net")
+        download.download("net")
     assert server.seen == [None]
 
 
 def test_a_web_page_is_not_a_file(server, net):
     server.kind = "text/html; charset=utf-8"
     with pytest.raises(ValueError, match=r"sent a web page instead of the file.* by other means"):
-        hub.download("net")
+        download.download("net")
     assert not net.exists()
     assert not Path(f"{net}.part").exists()
 
@@ -314,9 +308,9 @@ def test_a_full_disk_leaves_the_part(server, net, monkeypatch):
             return super().write(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "open", Full, raising=False)
+        patch.setattr(download, "open", Full, raising=False)
         with pytest.raises(OSError, match=r"cannot write .*net.pt.part: No space left .* goes on"):
-            hub.download("net")
+            download.download("net")
     check_download(net)
     assert server.seen == [None, f"bytes={2 * 2**20}-"]
 
@@ -326,7 +320,7 @@ def test_offline(server, net, cache, conversions):
     server.shutdown()
     server.server_close()
     with pytest.raises(ValueError, match="Connection refused") as caught:
-        hub.load("net")
+        resolve.load("net")
     out = cache / "networks" / "net"
     assert str(caught.value).endswith(
         f"Save {url} as net.pt by other means and run: tstitch convert net.pt {out} --family dit, "
@@ -341,7 +335,7 @@ def run_hub(endpoint, home, *names, **settings):
         "import sys, time; from tstitch_jax import hub\n"
         "time.sleep = lambda seconds: None  # the client's pauses\n"
         "for name in sys.argv[1:]:\n"
-        "    try: print(hub.download(name))\n"
+        "    try: print(download.download(name))\n"
         "    except ValueError as error: print(error)\n"
     )
     settings |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -416,40 +410,40 @@ def conversions(monkeypatch):
 
 
 def test_fetch_converts_once(server, net, cache, conversions):
-    threads = [threading.Thread(target=hub.fetch, args=("net",)) for _ in range(2)]
+    threads = [threading.Thread(target=resolve.fetch, args=("net",)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     out = cache / "networks" / "net"
-    entry = hub.PUBLIC["net"]
+    entry = catalog.PUBLIC["net"]
     arguments = {"family": "dit", "name": "net", "source_name": entry.source}
     arguments |= {"text_encoder": "", "license": "CC-BY-NC-4.0", "data": "ImageNet 256"}
     assert conversions == [(net, out, arguments)]
     assert server.seen == [None]
     assert not net.exists()
-    assert hub.find("net") == hub.fetch("net") == out
-    assert hub.load("net").card == tiny_network().card
+    assert resolve.find("net") == resolve.fetch("net") == out
+    assert resolve.load("net").card == tiny_network().card
     assert len(conversions) == 1
 
 
 def test_a_download_that_cannot_be_converted(server, net, conversions):
     server.files["/net.pt"] = b"something else"
     with pytest.raises(ValueError, match=f"is no checkpoint; delete {net} to download net again"):
-        hub.fetch("net")
+        resolve.fetch("net")
     server.files["/net.pt"] = BODY
     net.unlink()
-    hub.fetch("net")
+    resolve.fetch("net")
 
 
 def test_find_in_order(server, net, conversions, cache, monkeypatch):
     monkeypatch.chdir(cache)
     (cache / "fashion-s").mkdir()
-    assert hub.find("fashion-s") == hub.EMBEDDED / "fashion-s"
+    assert resolve.find("fashion-s") == resolve.EMBEDDED / "fashion-s"
     (cache / "net").mkdir()
-    assert hub.find("net") == Path("net")
+    assert resolve.find("net") == Path("net")
     (cache / "net").rmdir()
-    assert hub.find("net") == cache / "networks" / "net"
+    assert resolve.find("net") == cache / "networks" / "net"
 
 
 @pytest.mark.parametrize(
@@ -462,11 +456,11 @@ def test_find_in_order(server, net, conversions, cache, monkeypatch):
 )
 def test_unknown_names(name, message):
     with pytest.raises(ValueError, match=message):
-        hub.load(name)
+        resolve.load(name)
 
 
 def test_unknown_public_names():
-    for function in (hub.download, hub.fetch):
+    for function in (download.download, resolve.fetch):
         with pytest.raises(ValueError, match="unknown public network 'sit-s-2'; did you mean 'sit"):
             function("sit-s-2")
 
@@ -474,11 +468,11 @@ def test_unknown_public_names():
 def test_cache_folder(monkeypatch):
     monkeypatch.setenv("TSTITCH_CACHE", "/a/b")
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
-    assert hub.cache_folder() == Path("/a/b")
+    assert download.cache_folder() == Path("/a/b")
     monkeypatch.setenv("TSTITCH_CACHE", "")
-    assert hub.cache_folder() == Path("/c/tstitch_jax")
+    assert download.cache_folder() == Path("/c/tstitch_jax")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert hub.cache_folder() == Path.home() / ".cache" / "tstitch_jax"
+    assert download.cache_folder() == Path.home() / ".cache" / "tstitch_jax"
 
 
 def clip_of(name):
@@ -493,9 +487,9 @@ def clip_of(name):
     return clip.CLIP(text, image, features, (224, 224, 3))
 
 
-@pytest.mark.parametrize("name", hub.PUBLIC)
+@pytest.mark.parametrize("name", catalog.PUBLIC)
 def test_the_table_says_what_the_networks_are(name):
-    entry = hub.PUBLIC[name]
+    entry = catalog.PUBLIC[name]
     if entry.family == "autoencoder":
         widths, latents, more = {
             "vq-f4": ((128, 256, 512), 3, dict(codebook=8192)),
@@ -530,12 +524,12 @@ def test_a_public_network_is_converted_once(cache, monkeypatch):
     """The autoencoder of the goldens takes the place of a real one."""
     golden = GOLDEN / "diffusers_tiny" / "vae"
     downloads = []
-    monkeypatch.setattr(hub, "download", lambda name: downloads.append(name) or golden)
-    assert not hub.is_cached("sd-vae-ft-ema")
+    monkeypatch.setattr(resolve, "download", lambda name: downloads.append(name) or golden)
+    assert not download.is_cached("sd-vae-ft-ema")
     for _ in range(2):
         autoencoder = ts.load("sd-vae-ft-ema")
     assert downloads == ["sd-vae-ft-ema"]
-    assert hub.is_cached("sd-vae-ft-ema")
+    assert download.is_cached("sd-vae-ft-ema")
     card = autoencoder.card
     assert isinstance(autoencoder, ts.Autoencoder)
     assert card.name == "sd-vae-ft-ema"
@@ -545,7 +539,7 @@ def test_a_public_network_is_converted_once(cache, monkeypatch):
 
 
 def test_every_entry_has_one_place():
-    for name, entry in hub.PUBLIC.items():
+    for name, entry in catalog.PUBLIC.items():
         assert bool(entry.url) != bool(entry.repo)
         assert entry.license
         assert entry.repo or len(entry.files) == 1
@@ -600,7 +594,7 @@ def test_a_pipeline_of_the_hub(cache, tmp_path, monkeypatch):
     assert hub_.asked[0] == ("nota-ai/bk-sdm-tiny", "unet/config.json")
     # It is kept once, by whichever name it is asked for.
     hub_.asked.clear()
-    assert hub.is_cached("nota-ai/bk-sdm-tiny")
+    assert download.is_cached("nota-ai/bk-sdm-tiny")
     assert ts.load("nota-ai/bk-sdm-tiny").card.name == "bk-sdm-tiny"
     assert not hub_.asked
     with pytest.raises(ValueError, match=r"the repository someone/x has no weights in vae"):
@@ -613,4 +607,4 @@ def test_a_pipeline_of_the_hub(cache, tmp_path, monkeypatch):
     assert hub_.asked == [("someone/xl", "unet/config.json")]
     (tmp_path / "someone").mkdir()
     with pytest.raises(ValueError, match="no network folder at someone/anime"):
-        hub.find("someone/anime")
+        resolve.find("someone/anime")

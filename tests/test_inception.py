@@ -12,8 +12,7 @@ from safetensors.numpy import save_file
 
 from checkpoints_convert import convert
 from checkpoints_convert.errors import CheckpointError
-from tstitch_jax import checkpoint
-from tstitch_jax.networks import inception
+from tstitch_jax.models import inception, store
 
 NAMES = json.loads((GOLDEN / "inception" / "names.json").read_text())
 BLOCKS = [f"mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a")]
@@ -43,12 +42,12 @@ def folder(tensors, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def network(folder):
-    return checkpoint.load(folder)
+    return store.load(folder)
 
 
 @pytest.fixture(scope="module")
 def found(network):
-    module = checkpoint.module_of(network.card)
+    module = store.module_of(network.card)
 
     @jax.jit
     def run(params, x):
@@ -101,7 +100,7 @@ def test_convolutions_are_alike_in_each_form(kernel, stride):
 
 
 def test_bfloat16_is_close(folder, found):
-    network = checkpoint.load(folder, jnp.bfloat16)
+    network = store.load(folder, jnp.bfloat16)
     features = jax.jit(network.extract)(network.params, jnp.asarray(pixels_of(SIZES[0])))
     assert network.dtype == "bfloat16"
     assert all(value.dtype == jnp.float32 for value in features)

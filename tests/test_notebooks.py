@@ -16,7 +16,7 @@ from test_hub import server  # noqa: F401  # a fixture
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax import hub
+from tstitch_jax.hub import catalog
 
 ROOT = Path(__file__).parents[1]
 COLAB = runpy.run_path(str(ROOT / "colab" / "run.py"))
@@ -64,8 +64,10 @@ def test_imagenet(offline, server, monkeypatch):  # noqa: F811
     downloads = offline / "cache" / "downloads"
     downloads.mkdir(parents=True)
     for name, golden in (("dit-s-2-256", "small"), ("dit-xl-2-256", "large")):
-        shutil.copy(GOLDEN / "tstitch_tiny" / f"{golden}.pt", downloads / hub.PUBLIC[name].files[0])
-    entry, golden = hub.PUBLIC["sd-vae-ft-ema"], GOLDEN / "diffusers_tiny" / "vae"
+        shutil.copy(
+            GOLDEN / "tstitch_tiny" / f"{golden}.pt", downloads / catalog.PUBLIC[name].files[0]
+        )
+    entry, golden = catalog.PUBLIC["sd-vae-ft-ema"], GOLDEN / "diffusers_tiny" / "vae"
     server.files = {
         f"/{entry.repo}/resolve/main/{file}": (golden / file).read_bytes() for file in entry.files
     }

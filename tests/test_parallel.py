@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax import parallel, pipeline
-from tstitch_jax.networks import autoencoder as autoencoder_module
+from tstitch_jax.models import autoencoder as autoencoder_module
+from tstitch_jax.sampling import sampler
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from tpu_aot import COLLECTIVES
@@ -95,7 +95,7 @@ def test_no_collective_where_images_are_spread(pair, coder, solver, monkeypatch)
     """Also where the decoder works in pieces of the batch."""
     monkeypatch.setattr(autoencoder_module, "CHUNK_PIXELS", 16 * 16)
     *networks, there = on(ts.make_mesh(), *pair, dataclasses.replace(coder))
-    request = pipeline.prepare(
+    request = sampler.prepare(
         KEY, networks, labels=LABELS * 2, fractions=[0.4, 0.6], steps=5, solver=solver,
         cfg_rescale=0.5, cfg_interval=(0.1, 5.0), autoencoder=there,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def test_no_collective_where_images_are_spread(pair, coder, solver, monkeypatch)
 def test_collectives_of_a_split_network_are_found(pair):
     """The pattern does find what a split network needs."""
     split = on(ts.make_mesh(4), *pair)
-    request = pipeline.prepare(KEY, split, labels=[1, 2], fractions=[0.4, 0.6], steps=5,
+    request = sampler.prepare(KEY, split, labels=[1, 2], fractions=[0.4, 0.6], steps=5,
                                decode=False)  # fmt: skip
     assert COLLECTIVES.search(request.compile().as_text())
 
@@ -154,10 +154,10 @@ def test_pieces_under_pmap_shard_map_and_jit(pair):
 
 def test_one_program_serves_every_plan_on_a_mesh(pair):
     networks = on(ts.make_mesh(devices=jax.devices()[:2]), *pair)
-    before = pipeline._sample._cache_size()
+    before = sampler._sample._cache_size()
     for fraction in (0.0, 0.3, 1.0):
         sample(networks, [1, 2], fractions=[fraction, 1 - fraction], decode=False, steps=4)
-    assert pipeline._sample._cache_size() == before + 1
+    assert sampler._sample._cache_size() == before + 1
 
 
 def test_a_network_is_loaded_onto_a_mesh(standard_promotion):
@@ -181,7 +181,7 @@ def test_meshes_as_users_make_them(pair, expected, coder):
         *networks, there = on(mesh, *pair, coder)
         found = sample(networks, autoencoder=there)
         assert relative(found, expected) < 1e-5
-        assert parallel.mesh_of(*networks).shape["data"] == mesh.shape["data"]
+        assert devices.mesh_of(*networks).shape["data"] == mesh.shape["data"]
 
 
 def test_bad_input(pair):

@@ -8,8 +8,9 @@ import pytest
 from helpers import closed_network, random_params, relative, tiny_card, tiny_network
 
 import tstitch_jax as ts
-from tstitch_jax import checkpoint, pipeline
-from tstitch_jax.networks import SIZES, param_shapes
+from tstitch_jax.models import store
+from tstitch_jax.models.families import SIZES, param_shapes
+from tstitch_jax.sampling import sampler
 
 KEY = jax.random.key(0)
 
@@ -91,7 +92,7 @@ def test_latents_are_decoded_in_the_same_executable(pair, autoencoder):
     decoded = autoencoder.decode(autoencoder.params, trajectory[-1])
     assert float(jnp.abs(decoded).max()) > 1  # so that clipping is seen
     np.testing.assert_allclose(images, jnp.clip(decoded, -1, 1), atol=1e-4)
-    sampling = pipeline.prepare(
+    sampling = sampler.prepare(
         KEY, pair, labels=[1, 2], fractions=[0.5, 0.5], steps=4, autoencoder=autoencoder
     )
     np.testing.assert_allclose(sampling.compile()(sampling.inputs), images, atol=1e-5)
@@ -102,7 +103,7 @@ def test_latents_are_decoded_in_the_same_executable(pair, autoencoder):
 
 def shapes(card, dtype=jnp.float32):
     make = ts.make_network if isinstance(card, ts.Card) else ts.make_autoencoder
-    return make(card, param_shapes(checkpoint.module_of(card)), dtype)
+    return make(card, param_shapes(store.module_of(card)), dtype)
 
 
 @pytest.mark.parametrize(("side", "large"), [(32, "dit-xl-2"), (64, "dit-s-4")])
@@ -120,7 +121,7 @@ def test_full_size_networks_by_shape(side, large):
         config={"widths": [128, 256, 512, 512], "layers": 2, "latent_channels": 4},
         scaling_factor=0.18215,
     )  # fmt: skip
-    request = pipeline.prepare(
+    request = sampler.prepare(
         KEY, networks, labels=[1, 2], fractions=[0.5, 0.5], steps=4, autoencoder=shapes(coder)
     )
     images = jax.eval_shape(request.function, request.inputs)
@@ -414,7 +415,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda v: v if isinstance(v, str) else "")
 def test_bad_input(pair, changes, message, monkeypatch):
-    monkeypatch.setattr(pipeline, "_sample", None)  # nothing may be compiled
+    monkeypatch.setattr(sampler, "_sample", None)  # nothing may be compiled
     second = {
         "shape": lambda: other(image_shape=(8, 8, 3)),
         "classes": lambda: other(num_classes=7),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tstitch_jax as ts
 from tstitch_jax import match_snr
-from tstitch_jax.prediction import TARGETS, make_target, predict
+from tstitch_jax.core.prediction import TARGETS, make_target, predict
 
 
 @given(

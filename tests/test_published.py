@@ -7,8 +7,8 @@ import pytest
 from helpers import GOLDEN, published_network, relative
 
 import tstitch_jax as ts
-from tstitch_jax.checkpoint import module_of
-from tstitch_jax.guidance import cfg
+from tstitch_jax.core.guidance import cfg
+from tstitch_jax.models.store import module_of
 
 LIMIT = 2e-5
 NAMES = ("small", "base", "large")

@@ -19,8 +19,9 @@ from helpers import GOLDEN, labelled_denoiser, random_params, tiny_network
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax import checkpoint, cli
-from tstitch_jax.checks import check_networks
+from tstitch_jax import cli
+from tstitch_jax.models import store
+from tstitch_jax.sampling.checks import check_networks
 from tstitch_jax.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -180,7 +181,7 @@ def test_the_page_of_partners(one_network):
     np.savez("data.npz", x_train=pixels, y_train=np.arange(8))
     with jax.numpy_dtype_promotion("standard"):
         train(dataclasses.replace(config, data="data.npz"), "runs/fashion-xs", progress=False)
-    small = checkpoint.load("runs/fashion-xs/network")
+    small = store.load("runs/fashion-xs/network")
     assert small.card.num_params < names["large"].num_params
     check_networks([small, ts.load("large")])  # they can be stitched
 

@@ -31,7 +31,7 @@ def test_targets_agree(target):
         index = jnp.argmin(jnp.abs(knots.time[:-1] - time[0]))
         knot = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], knots)
         x0, eps, _ = exact(params, x, knot, cond)
-        from tstitch_jax.prediction import make_target
+        from tstitch_jax.core.prediction import make_target
 
         return make_target(target, x0, eps, knot.alpha, knot.sigma)
 

@@ -22,8 +22,8 @@ from helpers import (
 )
 
 import tstitch_jax as ts
-from tstitch_jax.checkpoint import make_network
-from tstitch_jax.types import Knots
+from tstitch_jax.core.types import Knots
+from tstitch_jax.models.store import make_network
 
 SOLVERS = {
     "ddim": lambda: ts.ddim(),

@@ -24,15 +24,18 @@ from PIL import Image
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax import charts, checkpoint, cli, hub
+from tstitch_jax import cli
 from tstitch_jax import sweep as sweep_function
 from tstitch_jax.cli.text import load_config
-from tstitch_jax.costs import pareto_front
 from tstitch_jax.evaluation import metric_key
-from tstitch_jax.networks import init_params
-from tstitch_jax.shards import Shards
-from tstitch_jax.sweep import NOISE, ROUNDS, _check, _guidance, _on_front, _open_way, estimate
-from tstitch_jax.types import FeatureCard
+from tstitch_jax.hub import resolve
+from tstitch_jax.jobs.shards import Shards
+from tstitch_jax.jobs.sweep import NOISE, ROUNDS, _check, _guidance, _on_front, _open_way, estimate
+from tstitch_jax.jobs.timing import pareto_front
+from tstitch_jax.models import store
+from tstitch_jax.models.cards import FeatureCard
+from tstitch_jax.models.families import init_params
+from tstitch_jax.report import charts
 
 
 def sweep(config, out):
@@ -50,7 +53,7 @@ def folder(tmp_path_factory):
         name="looks", architecture="classifier", config={"widths": [8], "blocks": [0]},
         image_shape=(8, 8, 1), num_classes=10, class_names=tuple("abcdefghij"),
     )  # fmt: skip
-    params = init_params(checkpoint.module_of(card), jax.random.key(0))
+    params = init_params(store.module_of(card), jax.random.key(0))
     ts.save(root / "looks", ts.make_feature_network(card, params))
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     np.savez(root / "reference.npz", arr_0=pixels)
@@ -86,13 +89,13 @@ def compilations():
 
 @pytest.fixture(scope="module")
 def once():
-    return functools.cache(hub.load)
+    return functools.cache(resolve.load)
 
 
 @pytest.fixture
 def loaded_once(once, monkeypatch):
     """Networks that many cases load are read once."""
-    monkeypatch.setattr(hub, "load", once)
+    monkeypatch.setattr(resolve, "load", once)
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +287,7 @@ def test_places_that_are_refused(config, tmp_path):
         (dict(features=None), "features must be a text, got None"),
         (
             dict(features="fashion-s"),
-            "^features must be a feature network .*, got the Network fashion-s$",
+            "^features must be a feature network .*, got Network.'fashion-s'",
         ),
         (
             dict(metrics=["fid_infinity"]),

@@ -13,9 +13,10 @@ from unet_recipe import noise, weight
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax.checks import check_networks
-from tstitch_jax.conditioning import encode_texts
-from tstitch_jax.types import Card, Network, TextEncoder, TextEncoderCard, Tokenizer
+from tstitch_jax.models.cards import Card, TextEncoderCard
+from tstitch_jax.models.types import Network, TextEncoder, Tokenizer
+from tstitch_jax.sampling.checks import check_networks
+from tstitch_jax.sampling.conditioning import encode_texts
 
 KEY = jax.random.key(0)
 GIVEN = json.loads((GOLDEN / "unet" / "names.json").read_text())

@@ -8,8 +8,8 @@ import pytest
 from clip_recipe import texts
 from helpers import GOLDEN
 
-from tstitch_jax import tokenizer
-from tstitch_jax.tokenizer import make_tokenizer, read_tokenizer
+from tstitch_jax.models import tokenizer
+from tstitch_jax.models.tokenizer import make_tokenizer, read_tokenizer
 
 FOLDER = GOLDEN / "clip_tiny" / "tokenizer"
 

@@ -16,29 +16,30 @@ from tpu_aot import devices_of
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax import checkpoint, pipeline
-from tstitch_jax.networks import param_shapes
+from tstitch_jax.models import store
+from tstitch_jax.models.families import param_shapes
+from tstitch_jax.sampling import sampler
 
 pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
 
 
 def shapes(card, mesh):
     make = ts.make_network if isinstance(card, ts.Card) else ts.make_autoencoder
-    return ts.shard(make(card, param_shapes(checkpoint.module_of(card)), jnp.bfloat16), mesh)
+    return ts.shard(make(card, param_shapes(store.module_of(card)), jnp.bfloat16), mesh)
 
 
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("coder") / "vae"
     convert(GOLDEN / "diffusers_tiny" / "vae", folder)
-    return checkpoint.read_card(folder)
+    return store.read_card(folder)
 
 
 def prepare(topology, coder=None, model=1, **more):
     devices = devices_of(topology)
     mesh = ts.make_mesh(model, devices)
     pair = [shapes(tiny_card(name, width=width), mesh) for name, width in (("a", 128), ("b", 256))]
-    return pipeline.prepare(
+    return sampler.prepare(
         jax.random.key(0), pair, labels=[1] * (2 * len(devices)), fractions=[0.5, 0.5], steps=7,
         **(dict(autoencoder=shapes(coder, mesh)) if coder else dict(decode=False)), **more,
     )  # fmt: skip
@@ -68,7 +69,7 @@ def test_it_compiles_without_collectives(topology, coder, standard_promotion):
 
 def test_pieces_of_a_large_batch(standard_promotion, monkeypatch):
     """Networks work in pieces where a device has more rows than its fast memory holds."""
-    monkeypatch.setattr("tstitch_jax.networks.dit.TOKENS_BY_WIDTH", 2 * 16 * 256)
+    monkeypatch.setattr("tstitch_jax.models.dit.TOKENS_BY_WIDTH", 2 * 16 * 256)
     text = prepare("v5e:2x2", solver="ddpm").compile().as_text()
     assert not COLLECTIVES.search(text)
     assert text.count(" while(") >= 2
@@ -80,7 +81,7 @@ def test_pieces_of_an_exported_sampler(standard_promotion):
 
     def loops(rows):
         network = dataclasses.replace(tiny_network(), rows=rows)
-        request = pipeline.prepare(
+        request = sampler.prepare(
             jax.random.key(0), [network], labels=[1, 2, 3], steps=2, decode=False
         )
         program = jax.export.export(jax.jit(request.function), platforms=["cpu", "tpu"])(

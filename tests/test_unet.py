@@ -18,10 +18,12 @@ import tstitch_jax as ts
 from checkpoints_convert import CheckpointError, conversion, convert, rules
 from checkpoints_convert import unet as unet_conversion
 from checkpoints_convert.rules import Tensor
-from tstitch_jax import pipeline
-from tstitch_jax.checkpoint import flatten, make_network, module_of
-from tstitch_jax.networks import compute_dtypes, convolution, count_params, param_shapes, unet
-from tstitch_jax.types import Card, Precomputed
+from tstitch_jax.models import convolution, unet
+from tstitch_jax.models.cards import Card
+from tstitch_jax.models.families import compute_dtypes, count_params, param_shapes
+from tstitch_jax.models.store import flatten, make_network, module_of
+from tstitch_jax.models.types import Precomputed
+from tstitch_jax.sampling import sampler
 
 GIVEN = json.loads((GOLDEN / "unet" / "names.json").read_text())
 LIMIT = 2e-5
@@ -483,7 +485,7 @@ AUTO = dict(cfg_scale=None, auto_scale=2.0)
 
 
 def request_of(pair, fractions, length=7, **options):
-    return pipeline.prepare(
+    return sampler.prepare(
         jax.random.key(0), pair, context=noise("c", 2, length, 16), fractions=fractions, steps=5,
         decode=False, **options or GUIDED,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from helpers import tiny_network
 
 import tstitch_jax as ts
 from tstitch_jax.cli.devices import leave_hosts
-from tstitch_jax.shards import Shards
+from tstitch_jax.jobs.shards import Shards
 
 
 def main(port: str, index: str, out: str, job: str) -> None:

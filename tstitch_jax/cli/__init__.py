@@ -13,12 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from tstitch_jax.checks import first_line, printable
 from tstitch_jax.cli import calibration, evaluation, networks, sampling, sweep
 from tstitch_jax.cli.completion import PrintCompletion
 from tstitch_jax.cli.devices import keep_programs, leave_hosts
 from tstitch_jax.cli.text import number, whole
-from tstitch_jax.schedules import unknown
+from tstitch_jax.core.checks import first_line, printable, unknown
 
 
 class _Parser(argparse.ArgumentParser):

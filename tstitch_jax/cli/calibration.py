@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tstitch_jax.checks import printable
 from tstitch_jax.cli.sampling import asked_of, load_networks, options_of
 from tstitch_jax.cli.text import table
+from tstitch_jax.core.checks import printable
 
 if TYPE_CHECKING:
-    from tstitch_jax.calibration import Calibration, Choice
+    from tstitch_jax.jobs.calibrate import Calibration, Choice
 
 _SHOWN = 11
 """Rows of the table, spread over the front."""
@@ -45,7 +45,7 @@ def _rows(found: Calibration) -> list[Choice]:
 
 
 def _draw(found: Calibration, path: Path) -> None:
-    from tstitch_jax import charts
+    from tstitch_jax.report import charts
 
     speedups, damages = ([getattr(c, n) for c in found.front] for n in ("speedup", "damage"))
     figure = charts.calibration(
@@ -59,10 +59,10 @@ def _draw(found: Calibration, path: Path) -> None:
 def calibrate_command(arguments: argparse.Namespace) -> None:
     import jax
 
-    from tstitch_jax.calibration import calibrate
-    from tstitch_jax.charts import check_matplotlib
-    from tstitch_jax.files import check_writable
-    from tstitch_jax.pictures import check_png
+    from tstitch_jax.core.files import check_writable
+    from tstitch_jax.jobs.calibrate import calibrate
+    from tstitch_jax.report.charts import check_matplotlib
+    from tstitch_jax.report.pictures import check_png
 
     check_writable(Path(arguments.out))
     if arguments.picture:

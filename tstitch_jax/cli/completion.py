@@ -15,16 +15,16 @@ FOLDERS = {"DIR", "OUT"}
 def _names() -> dict[str, list[str]]:
     """The known values of arguments that have names for values."""
     from checkpoints_convert import FAMILIES
-    from tstitch_jax import hub
+    from tstitch_jax.core.grids import SPACINGS
+    from tstitch_jax.core.solvers import SOLVERS
     from tstitch_jax.evaluation import METRICS
-    from tstitch_jax.exporting import PLATFORMS
-    from tstitch_jax.schedules import SPACINGS
-    from tstitch_jax.solvers import SOLVERS
+    from tstitch_jax.hub import catalog, resolve
+    from tstitch_jax.jobs.export import PLATFORMS
 
-    embedded = hub.embedded_names()
+    embedded = resolve.embedded_names()
 
     def public(*families: str) -> list[str]:
-        return [name for name, entry in hub.PUBLIC.items() if entry.family in families]
+        return [name for name, entry in catalog.PUBLIC.items() if entry.family in families]
 
     return {
         "networks": [

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tstitch_jax.checks import first_line
+from tstitch_jax.core.checks import first_line
 
 
 def keep_programs() -> None:
@@ -20,7 +20,7 @@ def keep_programs() -> None:
     """
     import jax
 
-    from tstitch_jax.hub import cache_folder
+    from tstitch_jax.hub.download import cache_folder
 
     if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tstitch_jax.checks import printable
 from tstitch_jax.cli.text import table, whole
+from tstitch_jax.core.checks import printable
 
 if TYPE_CHECKING:
     from tstitch_jax.evaluation import Evaluation
@@ -48,11 +48,11 @@ def _load(name: str, dtype: Any) -> Any:
     """A feature network by name, on all devices of this machine."""
     import jax
 
-    from tstitch_jax import hub
-    from tstitch_jax.parallel import make_mesh
-    from tstitch_jax.types import FeatureNetwork
+    from tstitch_jax.hub import resolve
+    from tstitch_jax.models.devices import make_mesh
+    from tstitch_jax.models.types import FeatureNetwork
 
-    network = hub.load(name, dtype, mesh=make_mesh(devices=jax.local_devices()))
+    network = resolve.load(name, dtype, mesh=make_mesh(devices=jax.local_devices()))
     if not isinstance(network, FeatureNetwork):
         raise ValueError(
             f"{name} is no feature network; give inception, fashion, clip-vit-large-patch14, or "
@@ -88,9 +88,9 @@ def _show(result: Evaluation) -> None:
 def evaluate_command(arguments: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
-    from tstitch_jax import hub
+    from tstitch_jax.core.files import check_writable
     from tstitch_jax.evaluation import evaluate, open_source, read_prompts
-    from tstitch_jax.files import check_writable
+    from tstitch_jax.hub import download
 
     # What is wrong with the sets is said before a network is downloaded.
     sources = [
@@ -119,7 +119,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         batch=arguments.batch,
         statistics=arguments.save_statistics,
         picture=arguments.picture,
-        cache=hub.cache_folder() / "features",
+        cache=download.cache_folder() / "features",
     )
     if arguments.out is not None:
         result.save(arguments.out)

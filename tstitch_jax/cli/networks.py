@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tstitch_jax.cli.text import class_labels, count, load_config, table
-from tstitch_jax.types import BaseCard, Card
+from tstitch_jax.models.cards import BaseCard, Card
 
 if TYPE_CHECKING:
-    from tstitch_jax.types import Network
+    from tstitch_jax.models.types import Network
 
 
 def networks_command(arguments: argparse.Namespace) -> None:
-    from tstitch_jax import checkpoint, hub
+    from tstitch_jax.hub import catalog, download, resolve
+    from tstitch_jax.models import store
 
-    known: dict[str, BaseCard | hub.Public] = {
-        name: checkpoint.read_card(hub.find(name)) for name in hub.embedded_names()
+    known: dict[str, BaseCard | catalog.Public] = {
+        name: store.read_card(resolve.find(name)) for name in resolve.embedded_names()
     }
-    known |= hub.PUBLIC
+    known |= catalog.PUBLIC
     rows = []
     for name, card in known.items():
-        where = "here" if isinstance(card, BaseCard) or hub.is_cached(name) else "download"
+        where = "here" if isinstance(card, BaseCard) or download.is_cached(name) else "download"
         classes = str(getattr(card, "num_classes", 0) or "-")
         shape = "x".join(map(str, getattr(card, "image_shape", ()))) or "text"
         rows.append(
@@ -37,7 +38,7 @@ def networks_command(arguments: argparse.Namespace) -> None:
     print(
         "\nFLOPs: multiply-adds of one forward pass of one input, as the DiT paper counts them."
         "\nWhat is not here is downloaded and converted when it is first used, into "
-        f"{hub.cache_folder()}."
+        f"{download.cache_folder()}."
     )
 
 
@@ -95,13 +96,14 @@ def _preview(steps: int = 50, rows: int = 4) -> Callable[[Network, Path], None]:
         import jax
         import numpy as np
 
-        from tstitch_jax import pictures, pipeline
+        from tstitch_jax.report import pictures
+        from tstitch_jax.sampling import sampler
 
         card = network.card
         if card.autoencoder or card.image_shape[2] not in (1, 3):
             return
         labels = class_labels(None, card)
-        images = pipeline.sample(jax.random.key(0), [network], labels=labels * rows, steps=steps)
+        images = sampler.sample(jax.random.key(0), [network], labels=labels * rows, steps=steps)
         picture = pictures.grid(
             np.asarray(images).reshape(rows, len(labels), *card.image_shape),
             [""] * rows,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tstitch_jax.cli.text import class_labels, number, scale, table, whole
 
 if TYPE_CHECKING:
-    from tstitch_jax.types import Network
+    from tstitch_jax.models.types import Network
 
 EMBEDDED_PAIR = ("fashion-s", "fashion-xl")
 DEFAULT_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -90,7 +90,7 @@ def _dtype(arguments: argparse.Namespace) -> Any:
 def load_networks(arguments: argparse.Namespace, mesh: Any = None) -> list[Any]:
     """The networks, which must fit together."""
     import tstitch_jax as ts
-    from tstitch_jax.checks import check_networks
+    from tstitch_jax.sampling.checks import check_networks
 
     _prompts(arguments)  # a file that is not there is told before anything is downloaded
     networks = [ts.load(name, _dtype(arguments), mesh=mesh) for name in arguments.networks]
@@ -195,8 +195,8 @@ def generate_command(arguments: argparse.Namespace) -> None:
     import jax
 
     from tstitch_jax.cli.devices import join_hosts, others_may_fail
-    from tstitch_jax.generation import generate
-    from tstitch_jax.parallel import make_mesh
+    from tstitch_jax.jobs.generate import generate
+    from tstitch_jax.models.devices import make_mesh
 
     join_hosts(arguments)
     with others_may_fail():
@@ -213,7 +213,7 @@ def generate_command(arguments: argparse.Namespace) -> None:
 
 
 def export_command(arguments: argparse.Namespace) -> None:
-    from tstitch_jax.exporting import export
+    from tstitch_jax.jobs.export import export
 
     networks, autoencoder = _load(arguments)
     export(
@@ -251,7 +251,7 @@ def _start(
     """The picture to start from, as often as there are images; nothing without one."""
     import numpy as np
 
-    from tstitch_jax.pictures import read_picture
+    from tstitch_jax.report.pictures import read_picture
 
     if arguments.start is None:
         return {} if arguments.strength is None else {"strength": arguments.strength}
@@ -268,7 +268,8 @@ def sample_command(arguments: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from tstitch_jax import pictures, pipeline
+    from tstitch_jax.report import pictures
+    from tstitch_jax.sampling import sampler
 
     out = pictures.check_png(arguments.out)
     networks, autoencoder = _load(arguments)
@@ -278,8 +279,8 @@ def sample_command(arguments: argparse.Namespace) -> None:
     texts, labels = asked.get("prompts"), asked.get("labels")
     origin = _start(arguments, card, autoencoder, len(texts or labels or ()))
 
-    def request(**who: Any) -> pipeline.Sampling:
-        return pipeline.prepare(
+    def request(**who: Any) -> sampler.Sampling:
+        return sampler.prepare(
             jax.random.key(arguments.seed),
             networks,
             autoencoder=autoencoder,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tstitch_jax.cli.text import load_config, table
 
 if TYPE_CHECKING:
-    from tstitch_jax.sweep import Estimate, SweepConfig
+    from tstitch_jax.jobs.sweep import Estimate, SweepConfig
 
 
 def _duration(seconds: float) -> str:
@@ -41,8 +41,8 @@ def _show(config: SweepConfig, estimates: list[Estimate]) -> None:
 def sweep_command(arguments: argparse.Namespace) -> None:
     import jax
 
-    from tstitch_jax.parallel import make_mesh
-    from tstitch_jax.sweep import SweepConfig, estimate, sweep
+    from tstitch_jax.jobs.sweep import SweepConfig, estimate, sweep
+    from tstitch_jax.models.devices import make_mesh
 
     config = load_config(arguments.config, SweepConfig)
     if arguments.reference:

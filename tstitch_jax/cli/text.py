@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tstitch_jax.types import Card
+from tstitch_jax.models.cards import Card
 
 
 def count(value: float) -> str:
@@ -31,7 +31,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def class_labels(texts: Sequence[str] | None, card: Card) -> list[int]:
     """Class labels from numbers or names; all classes by default, at most ten."""
-    from tstitch_jax.schedules import unknown
+    from tstitch_jax.core.checks import unknown
 
     if texts is None:
         return list(range(min(card.num_classes, 10)))

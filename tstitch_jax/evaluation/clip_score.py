@@ -14,8 +14,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float64
 
+from tstitch_jax.core.types import Params
 from tstitch_jax.evaluation.features import UNIT
-from tstitch_jax.types import FeatureNetwork, Params
+from tstitch_jax.models.types import FeatureNetwork
 
 
 class Score(NamedTuple):

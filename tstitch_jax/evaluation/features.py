@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tstitch_jax.files import DAMAGED, whole_file
-from tstitch_jax.types import FeatureNetwork, Features, Params
+from tstitch_jax.core.files import DAMAGED, whole_file
+from tstitch_jax.core.types import Params
+from tstitch_jax.models.types import FeatureNetwork, Features
 
 UNIT = 32
 """Images that a device computes at once. Always so many, since a program for another number rounds

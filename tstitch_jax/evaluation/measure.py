@@ -15,17 +15,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from tstitch_jax import pictures
-from tstitch_jax.checks import check_whole, printable
+from tstitch_jax.core.checks import check_whole, printable
+from tstitch_jax.core.files import check_writable, whole_file
 from tstitch_jax.evaluation.clip_score import ClipScore, embed_texts
-from tstitch_jax.evaluation.features import (
-    BLOCK,
-    UNIT,
-    Extractor,
-    Kept,
-    ahead,
-    fit_channels,
-)
+from tstitch_jax.evaluation.features import BLOCK, UNIT, Extractor, Kept, ahead, fit_channels
 from tstitch_jax.evaluation.frechet import frechet_distance
 from tstitch_jax.evaluation.inception_score import SPLIT, InceptionScore
 from tstitch_jax.evaluation.infinity import distance_at_infinity
@@ -35,8 +28,8 @@ from tstitch_jax.evaluation.report import Evaluation, metric_key, notes
 from tstitch_jax.evaluation.request import NEIGHBOURS, Request, check_request
 from tstitch_jax.evaluation.sources import STATISTICS, Source, from_array, open_source
 from tstitch_jax.evaluation.statistics import Moments
-from tstitch_jax.files import check_writable, whole_file
-from tstitch_jax.types import FeatureNetwork
+from tstitch_jax.models.types import FeatureNetwork
+from tstitch_jax.report import pictures
 
 
 @dataclasses.dataclass

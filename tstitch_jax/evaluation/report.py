@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tstitch_jax.files import write_text
-from tstitch_jax.types import FeatureCard
+from tstitch_jax.core.files import write_text
+from tstitch_jax.models.cards import FeatureCard
 
 PUBLISHED_NUM = 50_000
 """Images of which published distances are."""

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tstitch_jax.checks import check_whole, is_list, shown
+from tstitch_jax.core.checks import check_whole, is_list, shown
 from tstitch_jax.evaluation.features import check_images
 from tstitch_jax.evaluation.report import METRICS
 from tstitch_jax.evaluation.sources import Source
-from tstitch_jax.types import FeatureNetwork, Features
+from tstitch_jax.models.types import FeatureNetwork, Features
 
 NEIGHBOURS = 3
 """The k of precision and recall."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from tstitch_jax.checks import as_array, shown
-from tstitch_jax.files import DAMAGED
-from tstitch_jax.records import open_records
+from tstitch_jax.core.checks import as_array, shown
+from tstitch_jax.core.files import DAMAGED
+from tstitch_jax.evaluation.records import open_records
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """What counts as an image in a folder."""

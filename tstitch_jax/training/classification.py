@@ -11,8 +11,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from tstitch_jax.core.types import Key
+from tstitch_jax.models.types import FeatureNetwork
 from tstitch_jax.training.data import Images
-from tstitch_jax.types import FeatureNetwork, Key
 
 CHUNK = 500
 """Images that are classified at a time."""

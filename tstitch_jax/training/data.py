@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from tstitch_jax.records import NoSplit, open_records
+from tstitch_jax.evaluation.records import NoSplit, open_records
 
 
 @runtime_checkable

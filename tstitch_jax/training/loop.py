@@ -18,8 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax import hub
-from tstitch_jax.checkpoint import (
+from tstitch_jax.core.checks import as_json, check_whole, shown
+from tstitch_jax.core.files import write_text
+from tstitch_jax.core.types import Params
+from tstitch_jax.hub import resolve
+from tstitch_jax.jobs.folder import held_folder, remove_unfinished
+from tstitch_jax.models.cards import Card, FeatureCard
+from tstitch_jax.models.families import init_params
+from tstitch_jax.models.store import (
     check_card,
     check_classes,
     check_place,
@@ -28,9 +34,6 @@ from tstitch_jax.checkpoint import (
     module_of,
     save,
 )
-from tstitch_jax.checks import as_json, check_whole, shown
-from tstitch_jax.files import held_folder, remove_unfinished, write_text
-from tstitch_jax.networks import init_params
 from tstitch_jax.training.classification import accuracy, make_classifier_loss
 from tstitch_jax.training.data import (
     ArrayImages,
@@ -42,7 +45,6 @@ from tstitch_jax.training.data import (
 )
 from tstitch_jax.training.loss import check_times, make_loss
 from tstitch_jax.training.state import TrainState, init_state, make_optimizer, make_step
-from tstitch_jax.types import Card, FeatureCard, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +189,7 @@ def _start(config: Config) -> Params | None:
     """
     if not config.init:
         return None
-    network = hub.load(config.init)
+    network = resolve.load(config.init)
     given, wanted = network.card, config.card
     fields = ["architecture", "config", "image_shape", "num_classes"]
     if isinstance(wanted, Card):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tstitch_jax.checks import shown
-from tstitch_jax.prediction import make_target, predict
-from tstitch_jax.types import Key, Schedule
+from tstitch_jax.core.checks import shown
+from tstitch_jax.core.prediction import make_target, predict
+from tstitch_jax.core.types import Key, Schedule
 
 
 def weights(schedule: Schedule, target: str, min_snr: float | None) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tstitch_jax.types import Key, Params
+from tstitch_jax.core.types import Key, Params
 
 
 class TrainState(NamedTuple):

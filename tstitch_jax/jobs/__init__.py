@@ -1,0 +1,1 @@
+"""Long work: many images, sweeps, calibration, export."""

@@ -1,0 +1,167 @@
+"""A whole sampler, weights and all, as one file that needs JAX alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from tstitch_jax.core.checks import check_seed
+from tstitch_jax.core.files import check_writable, whole_file
+from tstitch_jax.core.plan import Plan
+from tstitch_jax.models.devices import mesh_of
+from tstitch_jax.models.types import Autoencoder, Network
+from tstitch_jax.sampling import sampler
+from tstitch_jax.sampling.checks import check_networks
+from tstitch_jax.sampling.conditioning import Condition
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def _bits(leaf: Any) -> np.ndarray:
+    """A weight as ``.npz`` can hold it, which knows no bfloat16."""
+    array = np.asarray(leaf)
+    return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def _given(conditions: Sequence[Condition]) -> dict[str, np.ndarray]:
+    """The arguments that say what all networks are conditioned on, by name."""
+    first, *others = conditions
+    if any(not np.array_equal(first.given, other.given) for other in others):
+        raise ValueError(
+            "a sampler is exported with the same labels, or the same contexts, for all networks"
+        )
+    given = np.asarray(first.given)
+    if given.ndim == 1:
+        return {"labels": given}
+    nulls = [np.asarray(each.null) for each in conditions if each.null is not None]
+    if any(not np.array_equal(nulls[0], other) for other in nulls[1:]):
+        raise ValueError("a sampler is exported with the same negative for all networks")
+    return {"context": given} | ({"negative": nulls[0]} if nulls else {})
+
+
+def _replaced(condition: Condition, values: Sequence[Any]) -> Condition:
+    """With the values of a call; the null label stays as it is."""
+    given, *negative = values
+    return Condition(
+        given, negative[0] if negative and condition.null is not None else condition.null
+    )
+
+
+def export(
+    path: str | os.PathLike[str],
+    networks: Sequence[Network],
+    *,
+    labels: Sequence[int] | None = None,
+    seed: int = 0,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    autoencoder: Autoencoder | None = None,
+    **options: Any,
+) -> None:
+    """Writes a sampler to an ``.npz`` file from which JAX alone, without this library, samples.
+
+    The file holds ``program``, the bytes of ``jax.export`` (StableHLO); ``weight_0000``, ...; the
+    arguments that were given here, ``seed``, ``labels``, ``plan`` and ``scales``, of which a call
+    may give others of the same shape; and ``about``, JSON. Nothing in it is run when it is read.
+    ``jax.export.deserialize(bytearray(file["program"])).call`` takes the list of the weights, in
+    the order of their names, and then these four arguments; ``docs/scale.md`` has it as a script.
+
+    Of networks that are conditioned on a context there are ``context`` and, where they are guided,
+    ``negative``, float32 ``[B, L, D]``, in the place of ``labels``: what a text encoder makes of
+    prompts is a part of the file, the encoder is not.
+
+    It returns images, float32 ``[B, H, W, C]`` in [-1, 1], those of ``sample`` with
+    ``jax.random.key(seed)``. ``seed`` is uint32, ``labels`` int32 ``[B]``, ``plan`` int32 ``[N]``,
+    ``scales`` float32: the guidance scale of each guided network (of each step too, where one was
+    given by step, or an interval).
+
+    Args:
+        path: The file.
+        networks, labels, autoencoder: As for ``sample``; the same labels, or the same contexts,
+            for all networks.
+        seed: 0 to 2^32 - 1.
+        platforms: For which the program is lowered, of ``PLATFORMS``.
+        **options: The other arguments of ``sample`` that its compiled program depends on.
+
+    Raises:
+        ValueError: If an argument is not as said, or no file can be written there; before any
+            long work.
+        OSError: If the file cannot be written after all.
+    """
+    check_writable(Path(path))
+    wrong = [name for name in platforms if name not in PLATFORMS]
+    if wrong or not platforms:
+        raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, got {wrong}")
+    check_networks(networks)
+    check_seed(seed)
+    if mesh_of(*networks, autoencoder) is not None:
+        raise ValueError("a sampler is exported from networks on one device, not on a mesh")
+    request = sampler.prepare(
+        jax.random.key(seed), networks, labels=labels, autoencoder=autoencoder, **options
+    )
+    if set(platforms) != {"cpu"}:  # else the program holds what is quick on a CPU alone
+        precompute = (None,) * len(networks)
+        request = dataclasses.replace(request, static=request.static | {"precompute": precompute})
+    inputs = request.inputs
+    if inputs.noise is not None or inputs.start is not None:
+        raise ValueError("noise and start cannot be exported")
+    given = _given(inputs.conditions)
+    leaves, tree = jax.tree.flatten((inputs.given.params, inputs.coder_params))
+    dtypes = [leaf.dtype for leaf in leaves]
+    weights = [_bits(leaf) for leaf in leaves]
+    guided = [scale for scale in inputs.given.scales if scale is not None]
+    scales = np.array(np.broadcast_arrays(*guided) if guided else [], np.float32)
+
+    def draw(weights: Any, seed: Any, *rest_of_inputs: Any) -> jax.Array:
+        *cond, plan, scales = rest_of_inputs
+        parts = [
+            jax.lax.bitcast_convert_type(weight, dtype) if weight.dtype != dtype else weight
+            for weight, dtype in zip(weights, dtypes, strict=True)
+        ]
+        params, coder_params = jax.tree.unflatten(tree, parts)
+        rest = iter(scales)
+        chosen = tuple(None if s is None else next(rest) for s in inputs.given.scales)
+        return request.function(
+            inputs._replace(
+                key=jax.random.key(seed),
+                given=inputs.given._replace(
+                    params=params, scales=chosen, plan=Plan(plan, len(networks))
+                ),
+                conditions=tuple(_replaced(each, cond) for each in inputs.conditions),
+                coder_params=coder_params,
+            )
+        )
+
+    arguments = dict(
+        seed=np.uint32(seed),
+        **given,
+        plan=np.asarray(request.plan.networks, np.int32),
+        scales=scales,
+    )
+    function: Callable[..., Any] = jax.jit(draw)
+    program = jax.export.export(function, platforms=tuple(platforms))(weights, *arguments.values())
+    about = {
+        "arguments": list(arguments),
+        "networks": [network.card.name for network in networks],
+        "licenses": [network.card.license for network in networks],
+        "checksums": [network.card.checksum for network in networks],
+        "platforms": list(program.platforms),
+        "jax": jax.__version__,
+    }
+    named = {f"weight_{i:04d}": weight for i, weight in enumerate(weights)}
+    with whole_file(Path(path)) as stream:
+        np.savez(
+            stream,
+            about=np.array(json.dumps(about)),
+            program=np.frombuffer(program.serialize(), np.uint8),
+            **arguments,  # pyright: ignore[reportArgumentType]
+            **named,
+        )

@@ -1,0 +1,1 @@
+"""Networks: their modules, parameters and cards."""

@@ -1,0 +1,1 @@
+"""From networks and labels or texts to images."""

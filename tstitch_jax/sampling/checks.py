@@ -1,0 +1,209 @@
+"""Checks of what is given to a sampler: each raises ValueError, before anything is compiled."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tstitch_jax.core.checks import as_array, check_number, is_list, shown
+from tstitch_jax.models.cards import Card
+from tstitch_jax.models.types import Autoencoder, FeatureNetwork, Network, TextEncoder
+
+MAX_BATCH = 2**16
+"""Images of a device at a time at most: more than any holds, and lists of as many are no burden."""
+
+
+_MOST_PIXELS = 2**16
+"""Of a side of an image."""
+
+
+def check_networks(networks: Sequence[Any]) -> None:
+    """Raises ValueError unless the networks can share one trajectory; says which two clash."""
+    for each in networks if isinstance(networks, Sequence) else ():
+        if isinstance(each, Autoencoder):
+            raise ValueError(
+                f"{each.card.name} is an autoencoder, not a denoiser; give it as the autoencoder"
+            )
+        if isinstance(each, TextEncoder):
+            raise ValueError(
+                f"{each.card.name} is a text encoder, not a denoiser; give it as the text_encoder"
+            )
+        if isinstance(each, FeatureNetwork):
+            raise ValueError(
+                f"{each.card.name} says features of images and draws none; give a denoiser"
+            )
+    if not isinstance(networks, Sequence) or not all(isinstance(n, Network) for n in networks):
+        raise ValueError(f"networks must be a list of what ts.load returns, got {shown(networks)}")
+    if not networks:
+        raise ValueError("give at least one network")
+    first = networks[0].card
+    for network in networks[1:]:
+        other = network.card
+        shapes: Any = ("image shape", first.image_shape, other.image_shape)
+        if networks[0].multiple and network.multiple:  # any size will do
+            shapes = ("number of channels", first.image_shape[2], other.image_shape[2])
+        for what, a, b in (
+            shapes,
+            ("autoencoder", first.autoencoder, other.autoencoder),
+        ):
+            if a != b and not (what == "autoencoder" and "" in (a, b)):
+                raise ValueError(
+                    f"{first.name} and {other.name} cannot be stitched: "
+                    f"their {what} differs, {a} and {b}"
+                )
+
+
+def check_size(size: Any, networks: Sequence[Network], factor: int) -> tuple[int, int, int]:
+    """The shape ``(H, W, C)`` of x, of the size of what is returned, ``factor`` times as large."""
+    shape = networks[-1].card.image_shape
+    if size is not None:
+        try:
+            height, width = (operator.index(n) for n in size)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"size must be two whole numbers, height and width, got {shown(size)}"
+            ) from None
+        fit = all(0 < n <= _MOST_PIXELS and n % factor == 0 for n in (height, width))
+        if not fit:
+            raise ValueError(
+                f"size must be two multiples of {factor * (networks[-1].multiple or 1)}, above 0, "
+                f"at most {_MOST_PIXELS}, got {shown(size)}"
+            )
+        shape = (height // factor, width // factor, shape[2])
+    for network in networks:
+        own = network.card.image_shape
+        if network.multiple is None and shape != own:
+            raise ValueError(
+                f"{network.card.name} makes {own[0] * factor}x{own[1] * factor} alone, asked for "
+                f"{shape[0] * factor}x{shape[1] * factor}"
+            )
+        if network.multiple and (shape[0] % network.multiple or shape[1] % network.multiple):
+            raise ValueError(
+                f"size must be two multiples of {network.multiple * factor} for "
+                f"{network.card.name}, got {shape[0] * factor}x{shape[1] * factor}"
+            )
+    return shape
+
+
+def check_labels(labels: Any, cards: Sequence[Card]) -> tuple[np.ndarray, ...]:
+    """Labels for each network, from one list for all or one list for each."""
+    if not is_list(labels) or not len(labels) or not is_list(labels[0]):
+        for card in cards:
+            if card.num_classes != cards[0].num_classes:
+                raise ValueError(
+                    f"{cards[0].name} and {card.name} cannot share labels: their number of classes "
+                    f"differs, {cards[0].num_classes} and {card.num_classes}; give a list of "
+                    "labels for each network"
+                )
+        labels = [labels] * len(cards)
+    if len(labels) != len(cards):
+        raise ValueError(f"{len(cards)} networks need as many lists of labels, got {len(labels)}")
+    checked = []
+    for own, card in zip(labels, cards, strict=True):
+        array = as_array(own)
+        if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(
+                f"labels must be a list of whole numbers, one an image, got {shown(own)}"
+            )
+        if array.min() < 0 or array.max() >= card.num_classes:
+            wrong = [int(v) for v in array if not 0 <= v < card.num_classes]
+            raise ValueError(
+                f"labels must be 0 to {card.num_classes - 1}, got {', '.join(map(str, wrong[:5]))}"
+            )
+        if checked and len(array) != len(checked[0]):
+            raise ValueError(
+                f"every network needs labels for the same images, got {len(checked[0])} "
+                f"and {len(array)}"
+            )
+        checked.append(array.astype(np.int32))
+    return tuple(checked)
+
+
+def check_autoencoder(network: Network, autoencoder: Autoencoder | None) -> None:
+    """Raises ValueError unless what the network makes can be turned into images."""
+    card = network.card
+    if autoencoder is not None and not isinstance(autoencoder, Autoencoder):
+        raise ValueError(f"{shown(autoencoder)} is no autoencoder; give one, as ts.load returns it")
+    if autoencoder is None:
+        if card.autoencoder or card.image_shape[2] not in (1, 3):
+            name = card.autoencoder or "sd-vae-ft-ema"
+            raise ValueError(
+                f"{card.name} makes latents of {card.image_shape[2]} channels, not images; "
+                f"give autoencoder=ts.load({name!r}), or decode=False for the latents"
+            )
+    elif autoencoder.channels != card.image_shape[2]:
+        raise ValueError(
+            f"{card.name} makes {card.image_shape[2]} channels, the autoencoder "
+            f"{autoencoder.card.name} takes latents of {autoencoder.channels}"
+        )
+
+
+def check_images(name: str, value: Any, shape: tuple[int, ...], what: str) -> jax.Array:
+    """A float32 array of that shape without NaN."""
+    array = as_array(value)
+    if array.dtype.kind not in "iuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} must be an array of numbers {shape}, {what}, got {shown(value)}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must be {shape}, {what}, got {array.shape}")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return jnp.asarray(array)
+
+
+def check_key(key: Any) -> None:
+    """Raises ValueError unless it is one key, typed or of the older kind."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    older = isinstance(key, jax.Array) and (key.shape, key.dtype) == ((2,), jnp.uint32)
+    if not older and not (typed and key.ndim == 0):
+        raise ValueError(f"key must be one key from jax.random.key, got {shown(key)}")
+
+
+def check_scales(cfg_scale: Any, networks: int, steps: int) -> list[Any]:
+    """Of each network None, a number, or an array of a number per step."""
+    if is_list(cfg_scale):
+        if len(cfg_scale) != networks:
+            raise ValueError(
+                f"cfg_scale must be one number or None for all, or a list with one entry for each "
+                f"of the {networks} networks, got {len(cfg_scale)} entries"
+            )
+        scales = list(cfg_scale)
+    else:
+        scales = [cfg_scale] * networks
+    checked = []
+    for scale in scales:
+        if is_list(scale):
+            if len(scale) != steps:
+                raise ValueError(f"cfg_scale per step needs {steps} numbers, got {len(scale)}")
+            numbers = [check_number("cfg_scale", value) for value in scale]
+            checked.append(np.array(numbers, np.float32))
+        else:
+            checked.append(None if scale is None else check_number("cfg_scale", scale, " or None"))
+    return checked
+
+
+def check_start(
+    start: Any, strength: Any, steps: int, shape: tuple[int, ...], encoder: Autoencoder | None
+) -> tuple[Any, int]:
+    """The start as an array, and how many of the last steps it leaves."""
+    if (start is None) != (strength is None):
+        raise ValueError("start and strength go together: an image and how far to change it")
+    if start is None:
+        return None, steps
+    strength = check_number("strength", strength)
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0, at most 1, got {strength:g}")
+    if encoder is not None:
+        factor = encoder.factor
+        shape = (shape[0], shape[1] * factor, shape[2] * factor, encoder.card.image_shape[2])
+    if as_array(start).dtype.kind in "iu":
+        raise ValueError("start must be floats, images in [-1, 1], got whole numbers (of pixels?)")
+    start = check_images("start", start, shape, "one image each")
+    if (largest := float(jnp.abs(start).max())) > 30:  # no latents are
+        raise ValueError(f"start must be images in [-1, 1], got values of {largest:g} (of pixels?)")
+    return start, max(1, int(steps * strength + 1e-6))
