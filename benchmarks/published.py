@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 import tstitch_jax as ts
 from tstitch_jax.models import unet
+from tstitch_jax.models.build import module_of
 from tstitch_jax.models.families import SIZES, param_shapes
-from tstitch_jax.models.store import module_of
 
 
 def dit(name: str, size: int = 256) -> ts.Card:

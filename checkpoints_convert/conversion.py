@@ -20,19 +20,17 @@ from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.core.checks import unknown
-from tstitch_jax.models.cards import BaseCard, Card
-from tstitch_jax.models.families import param_shapes
-from tstitch_jax.models.store import (
+from tstitch_jax.models.build import (
     TAKE_TEXTS,
     check_card,
-    check_place,
     complete,
-    fill_folder,
     fit_tokenizer,
     flatten,
     module_of,
-    replace_folder,
 )
+from tstitch_jax.models.cards import BaseCard, Card
+from tstitch_jax.models.families import param_shapes
+from tstitch_jax.models.store import check_place, fill_folder, replace_folder
 from tstitch_jax.models.tokenizer import read_tokenizer
 
 

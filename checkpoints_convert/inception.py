@@ -9,9 +9,9 @@ from typing import Any
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.family import Conversion, shape_of
 from checkpoints_convert.rules import Rule, Tensor, conv, linear, same
+from tstitch_jax.models.build import flatten, module_of
 from tstitch_jax.models.cards import FeatureCard
 from tstitch_jax.models.families import param_shapes
-from tstitch_jax.models.store import flatten, module_of
 
 IGNORED = r"fc\.bias|.*\.num_batches_tracked|AuxLogits\..*"
 """The Inception Score is published without the bias; the others play no part in the features."""

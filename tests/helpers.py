@@ -15,9 +15,10 @@ from checkpoints_convert import convert
 from tstitch_jax.core.loop import draw_noise
 from tstitch_jax.core.schedules import make_schedule
 from tstitch_jax.core.types import Prediction
+from tstitch_jax.models.build import make_network, module_of
 from tstitch_jax.models.cards import Card
 from tstitch_jax.models.families import init_params
-from tstitch_jax.models.store import load, make_network, module_of, read_card, save
+from tstitch_jax.models.store import load, read_card, save
 from tstitch_jax.models.types import Network
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -111,7 +111,7 @@ def test_sigterm_leaves_nothing_behind(folder):
     script = (
         "import signal, sys\n"
         "from pathlib import Path\n"
-        "from tstitch_jax import checkpoint\n"
+        "from tstitch_jax.models import store\n"
         "def write(new):\n"
         "    (new / 'half').write_text('')\n"
         "    signal.raise_signal(signal.SIGTERM)\n"

@@ -12,7 +12,7 @@ from helpers import random_params, relative
 
 import tstitch_jax as ts
 from tstitch_jax.hub import resolve
-from tstitch_jax.models import store
+from tstitch_jax.models import build
 from tstitch_jax.models.cards import FeatureCard
 from tstitch_jax.models.classifier import Classifier
 from tstitch_jax.models.families import count_params
@@ -35,7 +35,7 @@ def tiny_card(**changes) -> FeatureCard:
 
 @functools.cache
 def tiny_network(dtype=jnp.float32):
-    return store.make_feature_network(tiny_card(), random_params(tiny_card()), dtype)
+    return build.make_feature_network(tiny_card(), random_params(tiny_card()), dtype)
 
 
 def extract(network, pixels):
@@ -76,7 +76,7 @@ def test_features():
     assert 0 < relative(close.pool, features.pool) < 0.03
     assert relative(close.logits, features.logits) < 0.03
     # What a kernel is cast to anyway it is held in; norms and the last layer are float32.
-    held = {name: leaf.dtype for name, leaf in store.flatten(rounded.params).items()}
+    held = {name: leaf.dtype for name, leaf in build.flatten(rounded.params).items()}
     assert held["level_0_resnet_0/conv1/kernel"] == jnp.bfloat16
     assert held["level_0_resnet_0/norm1/scale"] == held["logits/kernel"] == jnp.float32
     alone = extract(exact, PIXELS[:1])  # does not depend on its batch

@@ -17,9 +17,9 @@ import tstitch_jax as ts
 from checkpoints_convert import CheckpointError, conversion, convert, rules
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.models import store
+from tstitch_jax.models.build import flatten, module_of
 from tstitch_jax.models.clip import CLIP, TextTower, prepare
 from tstitch_jax.models.families import count_params, param_shapes
-from tstitch_jax.models.store import flatten, module_of
 
 TINY = GOLDEN / "clip_tiny"
 LIMIT = 2e-5

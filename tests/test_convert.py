@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 import tstitch_jax as ts
 from checkpoints_convert import CheckpointError, conversion, convert, readers, rules
 from checkpoints_convert.rules import Tensor
+from tstitch_jax.models.build import flatten, module_of
 from tstitch_jax.models.families import SIZES, param_shapes
-from tstitch_jax.models.store import flatten, module_of
 
 DIFFUSERS = GOLDEN / "diffusers_tiny"
 PUBLISHED = GOLDEN / "tstitch_tiny"

@@ -10,6 +10,7 @@ from helpers import random_params, relative, tiny_card
 
 from tstitch_jax.core.grids import make_knots
 from tstitch_jax.models import dit
+from tstitch_jax.models.build import make_network, module_of
 from tstitch_jax.models.families import (
     SIZES,
     compute_dtypes,
@@ -18,7 +19,6 @@ from tstitch_jax.models.families import (
     module_macs,
     param_shapes,
 )
-from tstitch_jax.models.store import make_network, module_of
 
 # Parameters in millions and Gflops at 256 px: Peebles & Xie 2022, tables 1 and 4 and appendix B.
 PUBLISHED = {

@@ -25,6 +25,7 @@ PUBLIC = [
     f"{module.__name__}.{name}"
     for module in (ts, solvers, evaluation, checkpoints_convert, tstitch_jax.training)
     for name in module.__all__
+    if not inspect.ismodule(getattr(module, name))
 ]
 PACKAGES = ("tstitch_jax", "checkpoints_convert")
 MODULES = [

@@ -332,7 +332,7 @@ def test_offline(server, net, cache, conversions):
 def run_hub(endpoint, home, *names, **settings):
     """What a process whose hub is ``endpoint`` prints for each download: a path or an error."""
     code = (
-        "import sys, time; from tstitch_jax import hub\n"
+        "import sys, time; from tstitch_jax.hub import download\n"
         "time.sleep = lambda seconds: None  # the client's pauses\n"
         "for name in sys.argv[1:]:\n"
         "    try: print(download.download(name))\n"

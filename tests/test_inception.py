@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from checkpoints_convert import convert
 from checkpoints_convert.errors import CheckpointError
-from tstitch_jax.models import inception, store
+from tstitch_jax.models import build, inception, store
 
 NAMES = json.loads((GOLDEN / "inception" / "names.json").read_text())
 BLOCKS = [f"mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a")]
@@ -47,7 +47,7 @@ def network(folder):
 
 @pytest.fixture(scope="module")
 def found(network):
-    module = store.module_of(network.card)
+    module = build.module_of(network.card)
 
     @jax.jit
     def run(params, x):

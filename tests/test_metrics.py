@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from tstitch_jax.evaluation import kernel as kernel_module
-from tstitch_jax.evaluation import manifold
+from tstitch_jax.evaluation import kernel as kernel_module, manifold
 from tstitch_jax.evaluation.frechet import frechet_distance
 from tstitch_jax.evaluation.inception_score import InceptionScore
 from tstitch_jax.evaluation.kernel import kernel_distance

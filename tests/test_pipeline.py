@@ -8,7 +8,7 @@ import pytest
 from helpers import closed_network, random_params, relative, tiny_card, tiny_network
 
 import tstitch_jax as ts
-from tstitch_jax.models import store
+from tstitch_jax.models import build
 from tstitch_jax.models.families import SIZES, param_shapes
 from tstitch_jax.sampling import sampler
 
@@ -103,7 +103,7 @@ def test_latents_are_decoded_in_the_same_executable(pair, autoencoder):
 
 def shapes(card, dtype=jnp.float32):
     make = ts.make_network if isinstance(card, ts.Card) else ts.make_autoencoder
-    return make(card, param_shapes(store.module_of(card)), dtype)
+    return make(card, param_shapes(build.module_of(card)), dtype)
 
 
 @pytest.mark.parametrize(("side", "large"), [(32, "dit-xl-2"), (64, "dit-s-4")])

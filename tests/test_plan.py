@@ -7,8 +7,7 @@ from fractions import Fraction
 import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tstitch_jax import Plan, make_knots, make_schedule
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import gaussian_denoiser, relative, tiny_network
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import tstitch_jax as ts
 from tstitch_jax import match_snr

@@ -8,7 +8,7 @@ from helpers import GOLDEN, published_network, relative
 
 import tstitch_jax as ts
 from tstitch_jax.core.guidance import cfg
-from tstitch_jax.models.store import module_of
+from tstitch_jax.models.build import module_of
 
 LIMIT = 2e-5
 NAMES = ("small", "base", "large")

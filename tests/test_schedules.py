@@ -7,11 +7,10 @@ import jaxtyping
 import numpy as np
 import pytest
 from helpers import GOLDEN, tiny_card
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tstitch_jax import SPACINGS, last_steps, make_knots, make_schedule, match_snr, respace
-from tstitch_jax.models.store import check_card
+from tstitch_jax.models.build import check_card
 
 LINEAR = make_schedule("linear")
 NAMES = ["linear", "scaled_linear", "cosine"]

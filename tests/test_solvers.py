@@ -23,7 +23,7 @@ from helpers import (
 
 import tstitch_jax as ts
 from tstitch_jax.core.types import Knots
-from tstitch_jax.models.store import make_network
+from tstitch_jax.models.build import make_network
 
 SOLVERS = {
     "ddim": lambda: ts.ddim(),

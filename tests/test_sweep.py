@@ -18,21 +18,19 @@ import numpy as np
 import pytest
 from conftest import UNOPTIMISED
 from helpers import GOLDEN, tiny_network, write_text_pair
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax import cli
-from tstitch_jax import sweep as sweep_function
+from tstitch_jax import cli, sweep as sweep_function
 from tstitch_jax.cli.text import load_config
 from tstitch_jax.evaluation import metric_key
 from tstitch_jax.hub import resolve
 from tstitch_jax.jobs.shards import Shards
 from tstitch_jax.jobs.sweep import NOISE, ROUNDS, _check, _guidance, _on_front, _open_way, estimate
 from tstitch_jax.jobs.timing import pareto_front
-from tstitch_jax.models import store
+from tstitch_jax.models import build
 from tstitch_jax.models.cards import FeatureCard
 from tstitch_jax.models.families import init_params
 from tstitch_jax.report import charts
@@ -53,7 +51,7 @@ def folder(tmp_path_factory):
         name="looks", architecture="classifier", config={"widths": [8], "blocks": [0]},
         image_shape=(8, 8, 1), num_classes=10, class_names=tuple("abcdefghij"),
     )  # fmt: skip
-    params = init_params(store.module_of(card), jax.random.key(0))
+    params = init_params(build.module_of(card), jax.random.key(0))
     ts.save(root / "looks", ts.make_feature_network(card, params))
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     np.savez(root / "reference.npz", arr_0=pixels)

@@ -24,8 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from checkpoints_convert import CheckpointError
 from checkpoints_convert.torch_pickle import Opaque

@@ -16,7 +16,7 @@ from tpu_aot import devices_of
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax.models import store
+from tstitch_jax.models import build, store
 from tstitch_jax.models.families import param_shapes
 from tstitch_jax.sampling import sampler
 
@@ -25,7 +25,7 @@ pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
 
 def shapes(card, mesh):
     make = ts.make_network if isinstance(card, ts.Card) else ts.make_autoencoder
-    return ts.shard(make(card, param_shapes(store.module_of(card)), jnp.bfloat16), mesh)
+    return ts.shard(make(card, param_shapes(build.module_of(card)), jnp.bfloat16), mesh)
 
 
 @pytest.fixture(scope="module")

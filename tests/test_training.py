@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from helpers import tiny_card
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import tstitch_jax as ts
 from tstitch_jax.training import TrainConfig, train

@@ -15,13 +15,12 @@ from safetensors.numpy import save_file
 from unet_recipe import noise, weight
 
 import tstitch_jax as ts
-from checkpoints_convert import CheckpointError, conversion, convert, rules
-from checkpoints_convert import unet as unet_conversion
+from checkpoints_convert import CheckpointError, conversion, convert, rules, unet as unet_conversion
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.models import convolution, unet
+from tstitch_jax.models.build import flatten, make_network, module_of
 from tstitch_jax.models.cards import Card
 from tstitch_jax.models.families import compute_dtypes, count_params, param_shapes
-from tstitch_jax.models.store import flatten, make_network, module_of
 from tstitch_jax.models.types import Precomputed
 from tstitch_jax.sampling import sampler
 

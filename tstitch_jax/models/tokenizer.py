@@ -110,8 +110,14 @@ def _padding(files: Mapping[str, bytes]) -> str:
 
 def _machine(vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> Any:
     """The ``tokenizers`` library's program for one text, without start, end and filling."""
-    from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Machine
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer as Machine,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
 
     try:
         model = models.BPE(

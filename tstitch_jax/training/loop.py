@@ -23,17 +23,16 @@ from tstitch_jax.core.files import write_text
 from tstitch_jax.core.types import Params
 from tstitch_jax.hub import resolve
 from tstitch_jax.jobs.folder import held_folder, remove_unfinished
-from tstitch_jax.models.cards import Card, FeatureCard
-from tstitch_jax.models.families import init_params
-from tstitch_jax.models.store import (
+from tstitch_jax.models.build import (
     check_card,
     check_classes,
-    check_place,
     make_feature_network,
     make_network,
     module_of,
-    save,
 )
+from tstitch_jax.models.cards import Card, FeatureCard
+from tstitch_jax.models.families import init_params
+from tstitch_jax.models.store import check_place, save
 from tstitch_jax.training.classification import accuracy, make_classifier_loss
 from tstitch_jax.training.data import (
     ArrayImages,
