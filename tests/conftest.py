@@ -8,12 +8,10 @@ import gc
 import os
 import tempfile
 
-UNOPTIMISED = "--xla_backend_optimization_level=0"
+UNOPTIMISED = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [UNOPTIMISED, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-)
+os.environ["XLA_FLAGS"] = f"{UNOPTIMISED} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What takes long to compile is kept for this run's workers, and for processes they start.

@@ -12,14 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import convert
+from tstitch_jax.core.denoisers import as_condition
 from tstitch_jax.core.loop import draw_noise
 from tstitch_jax.core.schedules import make_schedule
-from tstitch_jax.core.types import Prediction
+from tstitch_jax.core.types import Leaf, Prediction, record, static
 from tstitch_jax.models.build import make_network, module_of
 from tstitch_jax.models.cards import Card
 from tstitch_jax.models.families import init_params
 from tstitch_jax.models.store import load, read_card, save
 from tstitch_jax.models.types import Network
+from tstitch_jax.sampling.program import SampleRequest
+from tstitch_jax.sampling.sampler import make_sampler
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -66,13 +69,13 @@ def published_network(name: str) -> Network:
         return load(f"{folder}/{name}")
 
 
-def loop(denoiser, solver, knots, x, *, params, cond=None, keys=None, noise=None):
+def loop(denoiser, solver, knots, x, *, cond=None, keys=None, noise=None):
     """The oracle: the same solver and denoiser in a plain Python loop; x after each step."""
 
     @jax.jit
-    def step(x, state, knot, after, step_noise):
-        def denoise(x, asked):
-            return denoiser(params, x, dataclasses.replace(asked, step=knot.index), cond)
+    def step(denoiser, solver, x, state, knot, after, step_noise):
+        def denoise(x, at):
+            return denoiser(x, dataclasses.replace(at, step=knot.index), as_condition(cond))
 
         return solver.step(denoise, x, state, knot, after, step_noise)
 
@@ -82,7 +85,7 @@ def loop(denoiser, solver, knots, x, *, params, cond=None, keys=None, noise=None
         step_noise = None
         if solver.stochastic:
             step_noise = draw_noise(keys, i + 1, x.shape[1:]) if noise is None else noise[i]
-        x, state = step(x, state, knot, after, step_noise)
+        x, state = step(denoiser, solver, x, state, knot, after, step_noise)
         trajectory.append(x)
     return jnp.stack(trajectory)
 
@@ -94,71 +97,96 @@ def relative(found, expected) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def gaussian_denoiser(mean: float, std: float, variance: float | None = None):
-    """The exact denoiser of data that is Gaussian in each pixel; its params scale the mean.
+@record
+class Gaussian:
+    """The exact denoiser of data that is Gaussian in each pixel.
 
     With ``variance``, it claims to have learned that one.
     """
 
-    def denoiser(params, x, knot, cond, /):
-        total = jnp.square(knot.alpha * std) + jnp.square(knot.sigma)
-        centre = mean * params
-        x0 = centre + knot.alpha * std**2 / total * (x - knot.alpha * centre)
-        eps = knot.sigma / total * (x - knot.alpha * centre)
-        return Prediction(x0, eps, None if variance is None else jnp.full_like(x, variance))
+    mean: Leaf
+    std: float = static()
+    variance: float | None = static(default=None)
 
-    return denoiser
+    def __call__(self, x, knot, cond=None):
+        total = jnp.square(knot.alpha * self.std) + jnp.square(knot.sigma)
+        rest = x - knot.alpha * self.mean
+        x0, eps = self.mean + knot.alpha * self.std**2 / total * rest, knot.sigma / total * rest
+        learned = None if self.variance is None else jnp.full_like(x, self.variance)
+        return Prediction(x0, eps, learned)
 
 
-def mixture_denoiser(mean: float = 0.7, std: float = 0.25):
+@record
+class Mixture:
     """The exact denoiser of data near ``mean`` or ``-mean`` in each pixel, half and half."""
 
-    def denoiser(params, x, knot, cond, /):
-        total = jnp.square(knot.alpha * std) + jnp.square(knot.sigma)
-        centre = mean * jnp.tanh(knot.alpha * mean * x / total)
-        x0 = centre + knot.alpha * std**2 / total * (x - knot.alpha * centre)
-        return Prediction(x0, knot.sigma / total * (x - knot.alpha * centre))
+    mean: Leaf = 0.7
+    std: float = static(default=0.25)
 
-    return denoiser
-
-
-def correlated_denoiser(mean, cov, variance: float | None = None):
-    """The exact denoiser of Gaussian data whose C channels have this mean and covariance."""
-    values, vectors = np.linalg.eigh(np.asarray(cov, np.float64))
-    values, vectors = jnp.asarray(values, jnp.float32), jnp.asarray(vectors, jnp.float32)
-
-    def denoiser(params, x, knot, cond, /):
-        rest = (x - knot.alpha * mean) @ vectors
-        total = jnp.square(knot.alpha) * values + jnp.square(knot.sigma)
-        x0 = mean + (knot.alpha * values / total * rest) @ vectors.T
-        eps = (knot.sigma / total * rest) @ vectors.T
-        return Prediction(x0, eps, None if variance is None else jnp.full_like(x, variance))
-
-    return denoiser
+    def __call__(self, x, knot, cond=None):
+        total = jnp.square(knot.alpha * self.std) + jnp.square(knot.sigma)
+        center = self.mean * jnp.tanh(knot.alpha * self.mean * x / total)
+        x0 = center + knot.alpha * self.std**2 / total * (x - knot.alpha * center)
+        return Prediction(x0, knot.sigma / total * (x - knot.alpha * center))
 
 
-@functools.cache
-def labelled(std: float = 0.25):
-    """A closed-form stand-in for a network: ``mixture_denoiser`` around a value of each label.
+@record
+class Labelled:
+    """A closed-form stand-in for a network: a ``Mixture`` around a value of each label.
 
-    Its params are the mixture's mean, its labels are shifts in tenths, and it claims a variance.
+    Its labels are shifts in tenths, and it claims to have learned a variance.
     """
 
-    def denoiser(params, x, knot, cond, /):
-        centre = 0.1 * cond.astype(jnp.float32)[:, None, None, None]
-        shifted = mixture_denoiser(params, std)(None, x - knot.alpha * centre, knot, None)
-        return Prediction(shifted.x0 + centre, shifted.eps, jnp.full_like(x, 0.5))
+    mean: Leaf
+    std: float = static(default=0.25)
 
-    return denoiser
+    def __call__(self, x, knot, cond):
+        center = 0.1 * cond.given.astype(jnp.float32)[:, None, None, None]
+        shifted = Mixture(self.mean, self.std)(x - knot.alpha * center, knot)
+        return Prediction(shifted.x0 + center, shifted.eps, jnp.full_like(x, 0.5))
 
 
-labelled_denoiser = labelled()
+@record
+class Correlated:
+    """The exact denoiser of Gaussian data whose C channels are correlated; see ``correlated``."""
+
+    mean: Leaf
+    values: Leaf
+    vectors: Leaf
+    variance: float | None = static(default=None)
+
+    def __call__(self, x, knot, cond=None):
+        rest = (x - knot.alpha * self.mean) @ self.vectors
+        total = jnp.square(knot.alpha) * self.values + jnp.square(knot.sigma)
+        x0 = self.mean + (knot.alpha * self.values / total * rest) @ self.vectors.T
+        eps = (knot.sigma / total * rest) @ self.vectors.T
+        learned = None if self.variance is None else jnp.full_like(x, self.variance)
+        return Prediction(x0, eps, learned)
+
+
+def correlated(mean, cov, variance: float | None = None) -> Correlated:
+    """The exact denoiser of Gaussian data whose channels have this mean and covariance."""
+    values, vectors = np.linalg.eigh(np.asarray(cov, np.float64))
+    return Correlated(
+        jnp.asarray(mean), jnp.asarray(values, jnp.float32), jnp.asarray(vectors, jnp.float32),
+        variance,
+    )  # fmt: skip
 
 
 def closed_network(mean: float, std: float = 0.25, **changes) -> Network:
     """A network whose denoiser is a closed form: it compiles in no time."""
     card = tiny_card(**changes)
-    return Network(labelled(std), jnp.float32(mean), card, make_schedule(**card.schedule))
+    return Network(Labelled(jnp.float32(mean), std), card, make_schedule(**card.schedule))
+
+
+OF_CALL = ("labels", "prompts", "negative", "size", "noise", "start", "strength", "decode", "keep")
+"""Options of ``request_of`` that belong to one call; ``context`` does too."""
+
+
+def request_of(key, networks, *, context=None, **options) -> SampleRequest:
+    """The request of ``sample``'s options."""
+    call = {name: options.pop(name) for name in OF_CALL if name in options}
+    return make_sampler(networks, **options).request(key, cond=context, **call)
 
 
 def write_text_pair(root: Path) -> dict[str, str]:

@@ -1,6 +1,14 @@
 """The public names, each loaded at its first use. Type checkers read the same list."""
 
 from . import evaluation as evaluation, training as training
+from .core.denoisers import (
+    as_denoiser as as_denoiser,
+    at_equal_snr as at_equal_snr,
+    by_rows as by_rows,
+    stitch as stitch,
+    with_cond as with_cond,
+    without_variance as without_variance,
+)
 from .core.grids import (
     SPACINGS as SPACINGS,
     last_steps as last_steps,
@@ -23,12 +31,6 @@ from .core.loop import (
 from .core.plan import (
     Plan as Plan,
 )
-from .core.prediction import (
-    as_denoiser as as_denoiser,
-    at_equal_snr as at_equal_snr,
-    with_cond as with_cond,
-    without_variance as without_variance,
-)
 from .core.schedules import (
     make_schedule as make_schedule,
 )
@@ -48,15 +50,15 @@ from .core.solvers import (
     sde as sde,
     unipc as unipc,
 )
-from .core.stitch import (
-    stitch as stitch,
-)
 from .core.types import (
+    Condition as Condition,
     Denoiser as Denoiser,
     Knots as Knots,
     Prediction as Prediction,
     Schedule as Schedule,
     Solver as Solver,
+    record as record,
+    static as static,
 )
 from .evaluation import (
     Evaluation as Evaluation,
@@ -108,8 +110,15 @@ from .models.types import (
     TextEncoder as TextEncoder,
     Tokenizer as Tokenizer,
 )
+from .sampling.options import (
+    Guidance as Guidance,
+)
 from .sampling.sampler import (
+    Sampler as Sampler,
     sample as sample,
+)
+from .sampling.samples import (
+    Samples as Samples,
 )
 
 __version__: str

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tstitch_jax.cli.sampling import asked_of, load_networks, options_of
+from tstitch_jax.cli.sampling import called_with, sampler_of
 from tstitch_jax.cli.text import table
 from tstitch_jax.core.checks import printable
 
@@ -69,12 +69,11 @@ def calibrate_command(arguments: argparse.Namespace) -> None:
         check_matplotlib()
         if check_png(arguments.picture).resolve() == Path(arguments.out).resolve():
             raise ValueError("--out and --picture are one file; give two")
-    networks = load_networks(arguments)
+    sampler = sampler_of(arguments)
     found = calibrate(
-        jax.random.key(arguments.seed), networks, tolerance=arguments.tolerance,
+        jax.random.key(arguments.seed), sampler, tolerance=arguments.tolerance,
         budget=arguments.budget, free=arguments.free, conditions=arguments.conditions,
-        costs=arguments.costs, **asked_of(arguments, networks, all_labels=True),
-        **options_of(arguments),
+        costs=arguments.costs, **called_with(arguments, sampler, all_labels=True),
     )  # fmt: skip
     found.save(arguments.out)
     if arguments.picture:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tstitch_jax.cli.text import class_labels, number, scale, table, whole
+from tstitch_jax.cli.text import number, scale, table, whole
 
 if TYPE_CHECKING:
-    from tstitch_jax.models.types import Network
+    from tstitch_jax.sampling.program import SampleRequest
+    from tstitch_jax.sampling.sampler import Sampler
 
 EMBEDDED_PAIR = ("fashion-s", "fashion-xl")
 DEFAULT_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -87,35 +88,6 @@ def _dtype(arguments: argparse.Namespace) -> Any:
     return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[arguments.dtype]
 
 
-def load_networks(arguments: argparse.Namespace, mesh: Any = None) -> list[Any]:
-    """The networks, which must fit together."""
-    import tstitch_jax as ts
-    from tstitch_jax.sampling.checks import check_networks
-
-    _prompts(arguments)  # a file that is not there is told before anything is downloaded
-    networks = [ts.load(name, _dtype(arguments), mesh=mesh) for name in arguments.networks]
-    check_networks(networks)
-    return networks
-
-
-def _load(arguments: argparse.Namespace, mesh: Any = None) -> tuple[list[Any], Any]:
-    """The networks and, where they make latents, the autoencoder."""
-    import tstitch_jax as ts
-
-    networks, dtype = load_networks(arguments, mesh), _dtype(arguments)
-    card = networks[-1].card
-    wanted = arguments.autoencoder or card.autoencoder
-    try:
-        return networks, ts.load(wanted, dtype, mesh=mesh) if wanted else None
-    except (ValueError, OSError) as error:
-        if arguments.autoencoder:
-            raise
-        raise ValueError(
-            f"{card.name} makes latents, and its card names the autoencoder {wanted}; give another "
-            f"with --autoencoder, or mend this: {error}"
-        ) from None
-
-
 def _prompts(arguments: argparse.Namespace) -> list[str] | None:
     """The texts of ``--prompt`` or of the lines of ``--prompts``."""
     if arguments.prompts is None:
@@ -127,58 +99,66 @@ def _prompts(arguments: argparse.Namespace) -> list[str] | None:
     return read_prompts(arguments.prompts)
 
 
-def asked_of(
-    arguments: argparse.Namespace, networks: Sequence[Network], mesh: Any = None,
-    all_labels: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """What is asked for: labels, prompts with their encoders, or both.
+def sampler_of(arguments: argparse.Namespace, plan: Any = None, mesh: Any = None) -> Sampler:
+    """The sampler that the options describe."""
+    import tstitch_jax as ts
+
+    if arguments.times and arguments.steps:
+        raise ValueError("give --steps or --times, not both")
+    guidance = ts.Guidance(
+        arguments.cfg_scale, arguments.cfg_interval, arguments.cfg_channels, arguments.cfg_rescale,
+        arguments.auto_scale,
+    )  # fmt: skip
+    encoders = arguments.text_encoder
+    return ts.Sampler(
+        arguments.networks,
+        plan=plan,
+        steps=arguments.times or arguments.steps or "50",
+        spacing=arguments.spacing,
+        solver=ts.make_solver(arguments.solver, eta=arguments.eta),
+        guidance=guidance,
+        autoencoder=getattr(arguments, "autoencoder", None),
+        text_encoder=encoders[0] if encoders and len(encoders) == 1 else encoders,
+        dtype=_dtype(arguments),
+        mesh=mesh,
+    )
+
+
+def called_with(
+    arguments: argparse.Namespace, sampler: Sampler, all_labels: bool = False
+) -> dict[str, Any]:
+    """The labels, prompts and size of a call.
 
     Without labels there are ten, or, with ``all_labels``, none, which means all.
     """
-    import tstitch_jax as ts
-
-    prompts = _prompts(arguments)
-    takes_texts = [n.card for n in networks if n.card.context is not None]
-    classes = [n.card for n in networks if n.card.context is None]
-    asked: dict[str, Any] = {}
-    if classes:
-        chosen = arguments.labels
-        if chosen is None and prompts and takes_texts:
+    prompts, labels = _prompts(arguments), arguments.labels
+    cards = [network.card for network in sampler.networks]
+    texts = [card for card in cards if card.context is not None]
+    classes = [card for card in cards if card.context is None]
+    if labels and not classes:
+        raise ValueError(f"{cards[0].name} has no classes; give --prompt, not --labels")
+    if not texts and (prompts or arguments.negative or arguments.text_encoder):
+        raise ValueError(f"{cards[0].name} is conditioned on classes; give --labels, not texts")
+    if texts and not prompts:
+        raise ValueError(f"{texts[0].name} is conditioned on texts; give --prompt TEXT")
+    if classes and labels is None:
+        if texts:
             raise ValueError(f"{classes[0].name} is conditioned on classes; give --labels too")
-        wanted = chosen or not all_labels
-        asked["labels"] = class_labels(chosen, classes[-1]) if wanted else None
-    elif arguments.labels:
-        raise ValueError(f"{networks[0].card.name} has no classes; give --prompt, not --labels")
-    if not takes_texts:
-        if prompts or arguments.negative or arguments.text_encoder:
-            raise ValueError(
-                f"{networks[0].card.name} is conditioned on classes; give --labels, not texts"
-            )
-        return asked
-    if prompts is None:
-        raise ValueError(f"{takes_texts[0].name} is conditioned on texts; give --prompt TEXT")
-    names = arguments.text_encoder or [card.text_encoder for card in takes_texts]
-    names = names * len(takes_texts) if len(names) == 1 else names
-    if "" in names:
-        unsaid = takes_texts[names.index("")].name
-        raise ValueError(f"the card of {unsaid} names no text encoder; give --text-encoder NAME")
-    loaded = {name: ts.load(name, _dtype(arguments), mesh=mesh) for name in dict.fromkeys(names)}
-    encoders = [loaded[name] for name in names]
-    return asked | dict(prompts=prompts, negative=arguments.negative, text_encoder=encoders)
+        if not all_labels:
+            labels = list(range(min(classes[-1].num_classes, 10)))
+    call = dict(labels=labels and [_label(label) for label in labels], prompts=prompts)
+    call["size"] = getattr(arguments, "size", None)
+    return call | ({"negative": arguments.negative} if texts else {})
 
 
-def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What is passed on as it is."""
-    same = ("spacing", "solver", "eta", "cfg_scale", "cfg_channels", "cfg_rescale", "cfg_interval",
-            "auto_scale", "size")  # fmt: skip
-    options = {name: getattr(arguments, name) for name in same if hasattr(arguments, name)}
-    if arguments.times and arguments.steps:
-        raise ValueError("give --steps or --times, not both")
-    return options | {"steps": arguments.times or arguments.steps or "50"}
+def _label(text: Any) -> Any:
+    """A class label as a number where it is one, else a class name."""
+    number = isinstance(text, str) and text.removeprefix("-").isdecimal()
+    return int(text) if number else text
 
 
-def _one_plan(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fractions or the plan, where there can be one only."""
+def _one_plan(arguments: argparse.Namespace) -> Any:
+    """The plan or the fractions, of which there can be one only."""
     from tstitch_jax import Plan
 
     fractions, plans = arguments.fractions or [], arguments.plan or []
@@ -186,9 +166,7 @@ def _one_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("give --fractions or --plan once")
     if not fractions and not plans and len(arguments.networks) > 1:
         raise ValueError(f"give --fractions or --plan for the {len(arguments.networks)} networks")
-    if plans:
-        return {"plan": Plan.load(plans[0])}
-    return {"fractions": fractions[0]} if fractions else {}
+    return Plan.load(plans[0]) if plans else fractions[0] if fractions else None
 
 
 def generate_command(arguments: argparse.Namespace) -> None:
@@ -201,12 +179,11 @@ def generate_command(arguments: argparse.Namespace) -> None:
     join_hosts(arguments)
     with others_may_fail():
         mesh = make_mesh(arguments.model_devices, jax.local_devices())
-        networks, autoencoder = _load(arguments, mesh)
-        asked = asked_of(arguments, networks, mesh, all_labels=True)
+        sampler = sampler_of(arguments, _one_plan(arguments), mesh)
         path = generate(
-            arguments.out, networks, num=arguments.num, seed=arguments.seed, **asked,
-            batch=arguments.batch, png=arguments.png, autoencoder=autoencoder,
-            host_timeout=arguments.host_timeout, **_one_plan(arguments), **options_of(arguments),
+            arguments.out, sampler, num=arguments.num, seed=arguments.seed, batch=arguments.batch,
+            png=arguments.png, host_timeout=arguments.host_timeout,
+            **called_with(arguments, sampler, all_labels=True),
         )  # fmt: skip
     if jax.process_index() == 0:
         print(f"{arguments.num} images: {path}")
@@ -215,34 +192,33 @@ def generate_command(arguments: argparse.Namespace) -> None:
 def export_command(arguments: argparse.Namespace) -> None:
     from tstitch_jax.jobs.export import export
 
-    networks, autoencoder = _load(arguments)
+    sampler = sampler_of(arguments, _one_plan(arguments))
     export(
-        arguments.out, networks, **asked_of(arguments, networks), seed=arguments.seed,
-        platforms=arguments.platforms, autoencoder=autoencoder,
-        **_one_plan(arguments), **options_of(arguments),
+        arguments.out, sampler, seed=arguments.seed, platforms=arguments.platforms,
+        **called_with(arguments, sampler),
     )  # fmt: skip
     size = Path(arguments.out).stat().st_size
     print(f"{arguments.out}: {size / 1e6:.1f} MB, for {', '.join(arguments.platforms)}")
 
 
-def _rows(networks: Sequence[Network], arguments: argparse.Namespace) -> list[Any]:
+def _rows(arguments: argparse.Namespace) -> list[tuple[str, Any]]:
     """The rows of the picture: a label, and the fractions or the plan of each."""
     from tstitch_jax import Plan
 
-    def row(fractions: Sequence[float]) -> tuple[str, dict[str, Any]]:
-        # Of two networks the first one's share says it all.
+    count = len(arguments.networks)
+
+    def row(fractions: Sequence[float]) -> tuple[str, Any]:
+        # Of two networks the first one's share says everything.
         shown = fractions[:1] if len(fractions) == 2 else fractions
-        return " ".join(f"{f:g}" for f in shown), dict(fractions=list(fractions))
+        return " ".join(f"{f:g}" for f in shown), list(fractions)
 
     rows = [row(fractions) for fractions in arguments.fractions or ()]
-    rows += [(Path(file).stem, dict(plan=Plan.load(file))) for file in arguments.plan or ()]
-    if rows:
+    rows += [(Path(file).stem, Plan.load(file)) for file in arguments.plan or ()]
+    if rows or count > 2:
+        if not rows:
+            raise ValueError(f"give --fractions or --plan for the {count} networks")
         return rows
-    if len(networks) == 1:
-        return [row([1.0])]
-    if len(networks) == 2:
-        return [row([f, 1 - f]) for f in DEFAULT_FRACTIONS]
-    raise ValueError(f"give --fractions or --plan for the {len(networks)} networks")
+    return [row([1.0])] if count == 1 else [row([f, 1 - f]) for f in DEFAULT_FRACTIONS]
 
 
 def _start(
@@ -269,30 +245,23 @@ def sample_command(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from tstitch_jax.report import pictures
-    from tstitch_jax.sampling import sampler
+    from tstitch_jax.sampling.checks import class_names
 
     out = pictures.check_png(arguments.out)
-    networks, autoencoder = _load(arguments)
-    card = networks[-1].card
-    names = [n.card.name for n in networks]
-    asked = asked_of(arguments, networks)
-    texts, labels = asked.get("prompts"), asked.get("labels")
-    origin = _start(arguments, card, autoencoder, len(texts or labels or ()))
+    rows = _rows(arguments)
+    base = sampler_of(arguments, rows[0][1])
+    key, names = jax.random.key(arguments.seed), base.names
+    networks, card = base.networks, base.networks[-1].card
+    call = called_with(arguments, base)
+    texts, labels = call["prompts"], call["labels"]
+    condition = base.condition(**{k: v for k, v in call.items() if k != "size"})
+    origin = _start(arguments, card, base.autoencoder, len(texts or labels or ()))
 
-    def request(**who: Any) -> sampler.Sampling:
-        return sampler.prepare(
-            jax.random.key(arguments.seed),
-            networks,
-            autoencoder=autoencoder,
-            **asked,
-            **origin,
-            **options_of(arguments),
-            **who,
-        )
+    def request(plan: Any) -> SampleRequest:
+        return base.replace(plan=plan).request(key, cond=condition, size=call["size"], **origin)
 
-    rows = _rows(networks, arguments)
-    requests = [request(**who) for _, who in rows]
-    columns = texts or [card.class_names[k] if card.class_names else str(k) for k in labels or ()]
+    requests = [request(plan) for _, plan in rows]
+    columns = texts or list(class_names(labels, [network.card for network in networks]))
     # The dearest network alone is what the speed-up is measured against, drawn or not.
     dearest = max(range(len(networks)), key=lambda k: (networks[k].card.macs, k))
     alone = [set(np.asarray(r.plan.networks).tolist()) for r in requests]
@@ -300,7 +269,7 @@ def sample_command(arguments: argparse.Namespace) -> None:
     if baseline < len(rows):
         timed = requests
     else:
-        timed = [*requests, request(fractions=[float(k == dearest) for k in range(len(networks))])]
+        timed = [*requests, request([float(k == dearest) for k in range(len(networks))])]
 
     start = time.perf_counter()
     print(f"compiling one sampler for every row ({jax.default_backend()}) ...", file=sys.stderr)
@@ -313,7 +282,7 @@ def sample_command(arguments: argparse.Namespace) -> None:
         for repeat in range(REPEATS + 1):
             for i, sampling in enumerate(timed):
                 start = time.perf_counter()
-                result = jax.block_until_ready(execute(sampling.inputs))
+                result, *_ = jax.block_until_ready(execute(sampling.inputs))
                 if repeat:  # the first round warms up
                     times[i].append(time.perf_counter() - start)
                 images[i] = np.asarray(result)

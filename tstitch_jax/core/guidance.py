@@ -1,43 +1,34 @@
-"""Guidance as combinators: from denoisers to a denoiser."""
+"""Guidance as combinators: records that take denoisers and are a denoiser."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from tstitch_jax.core.checks import shown
-from tstitch_jax.core.plan import TOLERANCE, Plan
+from tstitch_jax.core.checks import check_number, shown
+from tstitch_jax.core.denoisers import Wrapper, choose, prepare_each
+from tstitch_jax.core.plan import TOLERANCE
 from tstitch_jax.core.prediction import predict
-from tstitch_jax.core.stitch import stitch
-from tstitch_jax.core.types import Cond, Denoiser, Knots, Params, Prediction
-
-Guided = Callable[[Params, jax.Array, Knots, Cond, jax.Array], Prediction]
-"""A denoiser that takes the step's scale too."""
+from tstitch_jax.core.types import Condition, Denoiser, Knots, Leaf, Prediction, record, static
 
 
-def _with_scale(guided: Guided, plain: Denoiser, scale: float | jax.Array) -> Denoiser:
-    """``guided`` at the scale; of scales by step, ``plain`` where the step's scale is 1."""
-    scales = jnp.asarray(scale, jnp.float32)
-    if not scales.ndim:
-        return lambda params, x, knot, cond: guided(params, x, knot, cond, scales)
+def as_scale(scale: ArrayLike) -> Leaf:
+    """A guidance scale as a float32 array, so that any number runs in the same executable."""
+    return scale if isinstance(scale, jax.Array) else np.asarray(scale, np.float32)
 
-    def by_step(params: Params, x: jax.Array, knot: Knots, cond: Cond, /) -> Prediction:
-        if scales.shape != (knot.steps,):
-            raise ValueError(
-                f"a guidance scale per step must have shape ({knot.steps},), got {scales.shape}"
-            )
 
-        def here(params: Params, x: jax.Array, knot: Knots, cond: Cond, /) -> Prediction:
-            return guided(params, x, knot, cond, scales[knot.step])
-
-        either = stitch([plain, here], Plan((scales != 1).astype(jnp.int32), 2))
-        return either((params, params), x, knot, cond)
-
-    return by_step
+def _scale_here(scale: Leaf, knot: Knots) -> tuple[jax.Array, bool]:
+    """The step's scale, and whether scales are given by step."""
+    scale = jnp.asarray(scale, jnp.float32)
+    if not scale.ndim:
+        return scale, False
+    if scale.shape != (knot.steps,):
+        raise ValueError(
+            f"a guidance scale per step must have shape ({knot.steps},), got {scale.shape}"
+        )
+    return scale[knot.step], True
 
 
 def _channels(channels: int | None, x: jax.Array) -> slice:
@@ -56,7 +47,7 @@ def _push(base: Prediction, towards: Prediction, scale: jax.Array, guided: slice
 
 
 def _rescale(
-    guided: Prediction, plain: Prediction, rescale: float, x: jax.Array, knot: Knots, chosen: slice
+    guided: Prediction, plain: Prediction, rescale: Leaf, x: jax.Array, knot: Knots, chosen: slice
 ) -> Prediction:
     """Brings the deviation of v, over an image's guided channels, back towards the plain one's."""
 
@@ -74,19 +65,64 @@ def _rescale(
     return prediction._replace(variance=guided.variance)
 
 
+@record
+class Guided(Wrapper):
+    """See ``cfg``."""
+
+    denoiser: Denoiser
+    scale: Leaf
+    rescale: Leaf | None = None
+    channels: int | None = static(default=None)
+
+    def __call__(self, x: jax.Array, knot: Knots, cond: Condition, /) -> Prediction:
+        if cond.null is None:
+            raise ValueError(
+                "classifier-free guidance needs the null half of the condition; give "
+                "cond=ts.Condition(given, null)"
+            )
+        scale, by_step = _scale_here(self.scale, knot)
+
+        def guided() -> Prediction:
+            return self._guided(x, knot, cond, scale)
+
+        if not by_step:
+            return guided()
+        plain = Condition(cond.given)
+        return choose(scale != 1, [lambda: self.denoiser(x, knot, plain), guided])
+
+    def _guided(self, x: jax.Array, knot: Knots, cond: Condition, scale: jax.Array) -> Prediction:
+        chosen = _channels(self.channels, x)
+
+        def pair(given: jax.Array, null: jax.Array) -> jax.Array:
+            return jnp.stack([given, null], axis=1).reshape(-1, *given.shape[1:])
+
+        def half(both: jax.Array, which: int) -> jax.Array:
+            return both.reshape(-1, 2, *both.shape[1:])[:, which]
+
+        pairs = Condition(jax.tree.map(pair, cond.given, cond.null))
+        both = self.denoiser(pair(x, x), knot, pairs)
+        given, null = (jax.tree.map(lambda v, h=h: half(v, h), both) for h in (0, 1))
+        result = _push(null, given, scale, chosen)
+        if self.rescale is None:
+            return result
+        return _rescale(result, given, self.rescale, x, knot, chosen)
+
+    def prepare(
+        self, shape: tuple[int, ...], cond: Condition, platform: str | None
+    ) -> tuple[Denoiser, Condition]:
+        return super().prepare((2 * shape[0], *shape[1:]), cond, platform)
+
+
 def cfg(
-    denoiser: Denoiser,
-    scale: float | jax.Array,
-    null: Cond,
-    channels: int | None = None,
-    rescale: float = 0.0,
-) -> Denoiser:
+    denoiser: Denoiser, scale: ArrayLike, channels: int | None = None, rescale: ArrayLike = 0.0
+) -> Guided:
     r"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
 
     :math:`\hat\epsilon = \epsilon_\varnothing + s (\epsilon_c - \epsilon_\varnothing)`, and the
     same of x0, which is the same guidance, since at one x and time each is linear in the other.
     The conditional and the unconditional half run as one batch of 2 B, an image's two rows side by
-    side, so that a batch that is spread over devices stays where it is.
+    side, so that a batch that is spread over devices stays where it is. The unconditional half
+    reads ``cond.null``.
 
     Args:
         denoiser: The denoiser to guide.
@@ -94,9 +130,7 @@ def cfg(
             gives the conditional prediction at the price of any other; in a step whose own scale
             is 1 the unconditional half is not run (see ``guidance_interval``). For a scale per
             network, guide each before they are stitched, or give ``scales[plan.networks]``.
-        null: Conditioning of the unconditional half: a pytree like ``cond`` with leaves that
-            broadcast to its leaves, such as the null label, or a negative prompt.
-        channels: Guide only so many of the first channels, the rest staying conditional (the
+        channels: How many of the first channels are guided, the others staying conditional (the
             published DiT sampler guides 3 of 4); None guides all.
         rescale: How far, 0 to 1, the deviation of the guided v goes back to that of the
             conditional one, against over-exposure (Lin et al. 2024, arXiv:2305.08891, equations 14
@@ -107,33 +141,46 @@ def cfg(
         A denoiser whose variance, if any, is the conditional one.
 
     Raises:
-        ValueError: If ``rescale`` is outside [0, 1]; while tracing, if scale or channels misfit.
+        ValueError: If ``rescale`` is outside [0, 1]; while tracing, if the condition has no null
+            half, or scale or channels do not fit.
     """
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale must be between 0 and 1, got {rescale}")
+    if not isinstance(rescale, jax.Array):
+        rescale = check_number("rescale", rescale, low=0, high=1)
+    none = not isinstance(rescale, jax.Array) and rescale == 0
+    return Guided(denoiser, as_scale(scale), None if none else as_scale(rescale), channels)
 
-    def guided(params: Params, x: jax.Array, knot: Knots, cond: Cond, s: jax.Array) -> Prediction:
-        chosen = _channels(channels, x)
 
-        def pair(given: jax.Array, nothing: ArrayLike) -> jax.Array:
-            nothing = jnp.broadcast_to(jnp.asarray(nothing, given.dtype), given.shape)
-            both = jnp.stack([given, nothing], axis=1)
-            return both.reshape(-1, *given.shape[1:])
+@record
+class Autoguided:
+    """See ``autoguide``."""
 
-        def half(both: jax.Array, which: int) -> jax.Array:
-            return both.reshape(-1, 2, *both.shape[1:])[:, which]
+    denoiser: Denoiser
+    weak: Denoiser
+    scale: Leaf
+    channels: int | None = static(default=None)
 
-        both = denoiser(params, pair(x, x), knot, jax.tree.map(pair, cond, null))
-        given, nothing = (jax.tree.map(lambda v, h=h: half(v, h), both) for h in (0, 1))
-        result = _push(nothing, given, s, chosen)
-        return _rescale(result, given, rescale, x, knot, chosen) if rescale else result
+    def __call__(self, x: jax.Array, knot: Knots, cond: Condition, /) -> Prediction:
+        scale, by_step = _scale_here(self.scale, knot)
 
-    return _with_scale(guided, denoiser, scale)
+        def plain() -> Prediction:
+            return self.denoiser(x, knot, cond)
+
+        def guided() -> Prediction:
+            chosen = _channels(self.channels, x)
+            return _push(self.weak(x, knot, cond), plain(), scale, chosen)
+
+        return choose(scale != 1, [plain, guided]) if by_step else guided()
+
+    def prepare(
+        self, shape: tuple[int, ...], cond: Condition, platform: str | None
+    ) -> tuple[Denoiser, Condition]:
+        (denoiser, weak), cond = prepare_each((self.denoiser, self.weak), shape, cond, platform)
+        return Autoguided(denoiser, weak, self.scale, self.channels), cond
 
 
 def autoguide(
-    denoiser: Denoiser, weak: Denoiser, scale: float | jax.Array, channels: int | None = None
-) -> Denoiser:
+    denoiser: Denoiser, weak: Denoiser, scale: ArrayLike, channels: int | None = None
+) -> Autoguided:
     r"""Autoguidance (Karras et al. 2024, arXiv:2406.02507, equation 2): away from a weaker network.
 
     :math:`\hat x_0 = x_0^{weak} + s (x_0 - x_0^{weak})`, and the same of eps, for the same
@@ -146,19 +193,9 @@ def autoguide(
         channels: As in ``cfg``.
 
     Returns:
-        A denoiser whose parameters are the pair ``(params, weak_params)``; its variance, if any,
-        is that of ``denoiser``.
+        A denoiser whose variance, if any, is that of ``denoiser``.
     """
-
-    def guided(params: Params, x: jax.Array, knot: Knots, cond: Cond, s: jax.Array) -> Prediction:
-        chosen = _channels(channels, x)
-        strong = denoiser(params[0], x, knot, cond)
-        return _push(weak(params[1], x, knot, cond), strong, s, chosen)
-
-    def plain(params: Params, x: jax.Array, knot: Knots, cond: Cond, /) -> Prediction:
-        return denoiser(params[0], x, knot, cond)
-
-    return _with_scale(guided, plain, scale)
+    return Autoguided(denoiser, weak, as_scale(scale), channels)
 
 
 def guidance_interval(scale: float, knots: Knots, low: float, high: float) -> np.ndarray:

@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from tstitch_jax.core.types import Cond, Denoiser, Key, Knots, Params, Prediction, Solver, State
+from tstitch_jax.core.denoisers import as_condition, as_pytree, prepare
+from tstitch_jax.core.types import Condition, Denoiser, Key, Knots, Prediction, Solver, State
 
 _STARTS, _ENDS = slice(None, -1), slice(1, None)
-"""Of the steps, among the knots."""
+"""Slices that select each step's start and end knot."""
 
 
 def image_keys(key: Key, indices: Int[Array, " b"]) -> jax.Array:
@@ -47,16 +49,15 @@ class Step:
 
 
 def _advance(
-    denoiser: Denoiser, solver: Solver, params: Params, cond: Cond, keys: jax.Array | None,
+    denoiser: Denoiser, solver: Solver, cond: Condition, keys: jax.Array | None,
     carry: tuple[jax.Array, State], inputs: tuple[Knots, Knots, jax.Array | None],
 ) -> tuple[tuple[jax.Array, State], jax.Array]:  # fmt: skip
-    """One step, of either loop: the new state, and x0 as first predicted."""
+    """One step of either loop: the new state, and the first prediction of x0."""
     (x, state), (knot, next_knot, noise) = carry, inputs
     predicted: list[jax.Array] = []
 
-    def denoise(x: jax.Array, asked: Knots) -> Prediction:
-        asked = dataclasses.replace(asked, step=knot.index)
-        prediction = denoiser(params, x, asked, cond)
+    def denoise(x: jax.Array, at: Knots) -> Prediction:
+        prediction = denoiser(x, dataclasses.replace(at, step=knot.index), cond)
         predicted.append(prediction.x0)
         return prediction
 
@@ -74,16 +75,32 @@ def _check(solver: Solver, knots: Knots, keys: jax.Array | None, noise: Any) -> 
     return jax.tree.map(jnp.asarray, knots)
 
 
+def platform_of(tree: Any) -> str | None:
+    """The platform that holds all arrays of a pytree; None if it is unknown, as of tracers."""
+    platforms: set[str | None] = set()
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            known = not isinstance(leaf, Tracer)
+            platforms |= {device.platform for device in leaf.devices()} if known else {None}
+    return platforms.pop() if len(platforms) == 1 else None
+
+
+def _prepare(
+    denoiser: Denoiser, x: jax.Array, cond: Any, platform: str | None
+) -> tuple[Denoiser, Condition]:
+    return prepare(denoiser, x.shape, as_condition(cond), platform or platform_of(denoiser))
+
+
 def run(
     denoiser: Denoiser,
     solver: Solver,
     knots: Knots,
     x: Float[Array, "b h w c"],
     *,
-    params: Params,
-    cond: Cond = None,
+    cond: Any = None,
     keys: jax.Array | None = None,
     noise: Float[Array, "n b h w c"] | None = None,
+    platform: str | None = None,
     return_trajectory: bool = False,
     return_predictions: bool = False,
 ) -> Any:
@@ -94,13 +111,14 @@ def run(
         solver: The numerical method.
         knots: The sampling grid.
         x: x_T, float32 ``[B, H, W, C]``.
-        params: The denoiser's parameters.
-        cond: The denoiser's conditioning.
+        cond: The conditioning, a ``Condition``; any other pytree is one without a null half.
         keys: One key per image (see ``image_keys``), from which a stochastic solver's noise is
             drawn within the loop.
         noise: That noise, given instead, float32 ``[N, B, H, W, C]``.
+        platform: Where the loop will run, such as ``"cpu"``, for denoisers that ``prepare`` forms
+            for one platform; taken from the denoiser's arrays unless they are traced.
         return_trajectory: Whether to return x after each step too.
-        return_predictions: Whether to return x0 as predicted in each step too.
+        return_predictions: Whether to return each step's prediction of x0 too.
 
     Returns:
         x_0, float32 ``[B, H, W, C]``; with ``return_trajectory`` or ``return_predictions`` a tuple
@@ -111,19 +129,21 @@ def run(
             number of steps than the knots.
     """
     knots = _check(solver, knots, keys, noise)
-    advance = functools.partial(_advance, denoiser, solver, params, cond, keys)
+    denoiser, cond = _prepare(denoiser, x, cond, platform)
+    advance = functools.partial(_advance, denoiser, solver, cond, keys)
 
     def step(carry, inputs):
         carry, x0 = advance(carry, inputs)
-        wanted = ((carry[0], return_trajectory), (x0, return_predictions))
-        return carry, tuple(value for value, asked in wanted if asked)
+        values = ((carry[0], return_trajectory), (x0, return_predictions))
+        return carry, tuple(value for value, wanted in values if wanted)
 
     here, there = (jax.tree.map(lambda v, p=p: v[p], knots) for p in (_STARTS, _ENDS))
     (x, _), kept = jax.lax.scan(step, (x, solver.init(x)), (here, there, noise))
     return (x, *kept) if kept else x
 
 
-_advance_compiled = jax.jit(_advance, static_argnums=(0, 1))
+_advance_compiled = jax.jit(_advance)
+_prepare_compiled = jax.jit(_prepare, static_argnames="platform")
 
 
 def iterate(
@@ -132,28 +152,30 @@ def iterate(
     knots: Knots,
     x: Float[Array, "b h w c"],
     *,
-    params: Params,
-    cond: Cond = None,
+    cond: Any = None,
     keys: jax.Array | None = None,
     noise: Float[Array, "n b h w c"] | None = None,
 ) -> Iterator[Step]:
-    """The same integration step by step from the host: for previews, progress bars, breaking off.
+    """The same integration step by step from the host: for previews, progress bars, early stops.
 
-    The step is compiled once, and again for another denoiser or solver (as objects) or number of
-    steps. Takes what ``run`` takes and raises as it does; an iterator over the N steps.
+    The step is compiled once for denoisers and solvers of one structure. Takes the arguments of
+    ``run`` and raises the same errors; returns an iterator over the N steps.
 
     >>> from tstitch_jax.schedules import make_knots, make_schedule
     >>> from tstitch_jax.solvers import ddim
-    >>> def nothing(params, x, knot, cond):
+    >>> def zeros(x, knot, cond):
     ...     return Prediction(jnp.zeros_like(x), x / knot.sigma)
     >>> knots = make_knots(make_schedule("linear"), 3)
-    >>> for step in iterate(nothing, ddim(), knots, jnp.ones((1, 2, 2, 1)), params=None):
+    >>> for step in iterate(zeros, ddim(), knots, jnp.ones((1, 2, 2, 1))):
     ...     print(step.index, round(float(step.x.max()), 2))
     0 0.96
     1 0.01
     2 0.0
     """
     knots = _check(solver, knots, keys, noise)
+    denoiser = as_pytree(denoiser)
+    platform = platform_of(denoiser)
+    denoiser, cond = _prepare_compiled(denoiser, x, as_condition(cond), platform=platform)
 
     def steps() -> Iterator[Step]:
         # One knot's leaves are scalars; the jitted step sees the same shapes in every round.
@@ -161,7 +183,7 @@ def iterate(
         carry = (x, solver.init(x))
         for i in range(knots.steps):
             inputs = points[i], points[i + 1], None if noise is None else noise[i]
-            carry, x0 = _advance_compiled(denoiser, solver, params, cond, keys, carry, inputs)
+            carry, x0 = _advance_compiled(denoiser, solver, cond, keys, carry, inputs)
             yield Step(i, carry[0], x0)
 
     return steps()

@@ -14,7 +14,7 @@ import numpy as np
 
 from tstitch_jax.core.checks import as_array, check_number, check_whole, is_list, is_whole, shown
 from tstitch_jax.core.files import write_text
-from tstitch_jax.core.types import Knots, Leaf, Schedule
+from tstitch_jax.core.types import Knots, Leaf, Schedule, static
 
 TOLERANCE = 1e-6
 """Of what is compared with knots, which are float32: 0.1 + 0.2 is 0.3 here."""
@@ -32,7 +32,7 @@ class Plan:
     """
 
     networks: Leaf
-    num_networks: int = dataclasses.field(metadata={"static": True})
+    num_networks: int = static()
 
     @property
     def steps(self) -> int:

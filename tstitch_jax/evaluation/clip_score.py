@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float64
 
-from tstitch_jax.core.types import Params
 from tstitch_jax.evaluation.features import UNIT
-from tstitch_jax.models.types import FeatureNetwork
+from tstitch_jax.models.types import FeatureModel, FeatureNetwork
 
 
 class Score(NamedTuple):
@@ -101,14 +99,11 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-@functools.cache
-def _program(embed: Callable[[Params, jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    # Float32 is meant as such, also where a device has quicker products.
-    def precise(params: Params, ids: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision("highest"):
-            return embed(params, ids)
-
-    return jax.jit(precise)
+@jax.jit
+def _embed(model: FeatureModel, ids: jax.Array) -> jax.Array:
+    # Full float32, also where a device has faster products.
+    with jax.default_matmul_precision("highest"):
+        return model.embed(ids)
 
 
 def embed_texts(network: FeatureNetwork, texts: Sequence[str]) -> tuple[np.ndarray, int]:
@@ -119,16 +114,16 @@ def embed_texts(network: FeatureNetwork, texts: Sequence[str]) -> tuple[np.ndarr
     Raises:
         ValueError: If the network knows no texts, or one is no UTF-8.
     """
-    if network.embed is None or network.tokenizer is None:
+    if network.tokenizer is None:
         raise ValueError(f"{network.card.name} knows no texts")
     places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ids = network.tokenizer.encode(list(places))
-    run, found = _program(network.embed), []
+    found = []
     for start in range(0, len(ids), UNIT):  # always so many, since other programs round otherwise
         piece = ids[start : start + UNIT]
         filled = np.concatenate([piece, np.repeat(piece[-1:], UNIT - len(piece), axis=0)])
-        found.append(np.asarray(run(network.params, filled))[: len(piece)])
+        found.append(np.asarray(_embed(network.model, filled))[: len(piece)])
     vectors = np.concatenate(found)
     return vectors[[places[text] for text in texts]], len(caught)

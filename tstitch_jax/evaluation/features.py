@@ -18,8 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tstitch_jax.core.files import DAMAGED, whole_file
-from tstitch_jax.core.types import Params
-from tstitch_jax.models.types import FeatureNetwork, Features
+from tstitch_jax.models.types import FeatureModel, FeatureNetwork, Features
 
 UNIT = 32
 """Images that a device computes at once. Always so many, since a program for another number rounds
@@ -29,20 +28,19 @@ BLOCK = 256
 """Images whose features are kept together while a job is under way, or a multiple of it."""
 
 
-@functools.cache
-def _program(extract: Callable[[Params, jax.Array], Features], mesh: Any) -> Callable[..., Any]:
-    # Float32 is meant as such, also where a device has quicker products.
-    def precise(params: Params, pixels: jax.Array) -> Features:
+@functools.partial(jax.jit, static_argnames="mesh")
+def _extract(model: FeatureModel, pixels: jax.Array, *, mesh: Any) -> Features:
+    def precise(model: FeatureModel, pixels: jax.Array) -> Features:
+        # Full float32, also where a device has faster products.
         with jax.default_matmul_precision("highest"):
-            return extract(params, pixels)
+            return model(pixels)
 
     if mesh is None:
-        return jax.jit(precise)
+        return precise(model, pixels)
     data, everything = PartitionSpec("data"), PartitionSpec()
-    mapped = jax.shard_map(
+    return jax.shard_map(
         precise, mesh=mesh, in_specs=(everything, data), out_specs=data, check_vma=False
-    )
-    return jax.jit(mapped)
+    )(model, pixels)
 
 
 def check_images(network: FeatureNetwork, shape: tuple[int, ...], name: str) -> Features:
@@ -54,7 +52,7 @@ def check_images(network: FeatureNetwork, shape: tuple[int, ...], name: str) -> 
     # Whether three channels are a grey image is seen when they are read.
     pixels = jax.ShapeDtypeStruct((1, *shape[:2], network.card.image_shape[2]), jnp.uint8)
     try:
-        return jax.eval_shape(network.extract, network.params, pixels)
+        return jax.eval_shape(network.model, pixels)
     except ValueError as error:
         raise ValueError(f"{network.card.name} does not take {name}: {error}") from None
 
@@ -90,7 +88,7 @@ class Extractor:
         self.network, self._ahead = network, max(1, -(-batch // UNIT))
         self._devices = 1 if mesh is None else mesh.shape["data"]
         self._place = sharding if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
-        self._run = _program(network.extract, mesh)
+        self._run = functools.partial(_extract, network.model, mesh=mesh)
         self.block = BLOCK * -(-UNIT * self._devices // BLOCK)
 
     def __call__(self, pixels: np.ndarray) -> Features:
@@ -105,7 +103,7 @@ class Extractor:
             piece = pixels[start : start + size]
             missing = [(0, size - len(piece))] + [(0, 0)] * 3
             placed = jax.device_put(np.pad(piece, missing), self._place)
-            pending.append((len(piece), self._run(self.network.params, placed)))
+            pending.append((len(piece), self._run(placed)))
             if len(pending) > self._ahead:
                 collect()
         while pending:

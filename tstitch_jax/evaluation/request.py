@@ -74,7 +74,7 @@ def _lacks(
                 card.num_classes
             )
     elif metric == "clip_score":
-        if network.embed is None or network.tokenizer is None:
+        if network.tokenizer is None:
             yield f"{card.name} knows no texts, as clip-vit-large-patch14 does"
         elif prompts is None:
             yield "there are no prompts"

@@ -13,6 +13,7 @@ from tstitch_jax.core.checks import unknown
 from tstitch_jax.hub.catalog import PUBLIC, known, public, short_name
 from tstitch_jax.hub.download import download, network_folder
 from tstitch_jax.models import devices, store
+from tstitch_jax.models.cards import BaseCard
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 """Folder of the networks that come with the package."""
@@ -92,6 +93,22 @@ def find(name: str | os.PathLike[str]) -> Path:
     if os.sep in text:
         raise ValueError(f"no network folder at {name}")
     raise unknown("network", name, [*embedded_names(), *PUBLIC])
+
+
+def local_card(name: str | os.PathLike[str]) -> BaseCard | None:
+    """The card of a network that is on this machine; None of one that would be downloaded.
+
+    Raises:
+        ValueError: If there is no network of that name.
+    """
+    text = str(name)
+    if text not in embedded_names() and not Path(name).is_dir():
+        entry = public(text)
+        if entry is not None:
+            folders = (network_folder(each) for each in (text, short_name(text)))
+            folder = next((each for each in folders if (each / "card.json").exists()), None)
+            return None if folder is None else store.read_card(folder)
+    return store.read_card(find(name))
 
 
 def load(

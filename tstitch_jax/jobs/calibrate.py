@@ -29,12 +29,20 @@ from jaxtyping import Array, Float
 from tstitch_jax.core.checks import check_number, check_whole, is_list, plain, shown
 from tstitch_jax.core.files import write_text
 from tstitch_jax.core.plan import Plan
-from tstitch_jax.core.types import Key, Knots, Solver
+from tstitch_jax.core.types import Key, Knots
 from tstitch_jax.jobs.timing import pareto_front, pass_seconds, passes
 from tstitch_jax.models import devices
 from tstitch_jax.models.types import Network
-from tstitch_jax.sampling import sampler
-from tstitch_jax.sampling.checks import check_key, check_networks
+from tstitch_jax.sampling.checks import check_key
+from tstitch_jax.sampling.program import (
+    Config,
+    Inputs,
+    assemble,
+    initial_state,
+    prepared,
+    sample_program,
+)
+from tstitch_jax.sampling.sampler import KEEP, Sampler
 
 TOLERANCE = 0.005
 """The damage that is tolerated unless something else is asked for."""
@@ -50,13 +58,6 @@ _STATES = 2000
 """About how many ways of counting steps are looked through."""
 
 _LINEAR = "a linear filter"
-
-_OPTIONS = (
-    "context", "prompts", "negative", "text_encoder", "size",
-    "steps", "spacing", "solver", "eta", "cfg_scale", "cfg_channels", "cfg_rescale",
-    "cfg_interval", "auto_scale",
-)  # fmt: skip
-"""What is passed on to ``sample``."""
 
 
 class Choice(NamedTuple):
@@ -224,18 +225,17 @@ class _Measured(NamedTuple):
     level: Float[Array, "k n"]
 
 
-@functools.partial(jax.jit, static_argnames=("static",))
-def _measure(inputs: sampler.Inputs, *, static: tuple[tuple[str, Any], ...]) -> _Measured:
+@functools.partial(jax.jit, static_argnames=("config",))
+def _measure(inputs: Inputs, *, config: Config) -> _Measured:
     """One trajectory of the last network, and all others' predictions along it."""
-    chosen = dict(static)
-    denoiser, shape = chosen["denoiser"], chosen["shape"]
-    _, start = sampler.begin(inputs, shape=shape, encoder=None)
-    _, after, clean = sampler.draw(inputs, **chosen)
+    shape = config.shape
+    _, start = initial_state(inputs, config)
+    _, after, clean = sample_program(inputs, config)
     states = jnp.concatenate([start[None], after])
+    inputs = prepared(inputs, config)
     knots = jax.tree.map(jnp.asarray, inputs.knots)
     here, there = (jax.tree.map(lambda v, p=p: v[p], knots) for p in (slice(-1), slice(1, None)))
-    given = inputs.given
-    count, steps = given.plan.num_networks, knots.steps
+    count, steps = inputs.plan.num_networks, knots.steps
     product = functools.partial(jnp.einsum, precision="highest")
     rows, columns, bands = _cosines(shape[0]), _cosines(shape[1]), _bands(*shape[:2])
 
@@ -264,8 +264,9 @@ def _measure(inputs: sampler.Inputs, *, static: tuple[tuple[str, Any], ...]) -> 
         found = []
         for k in range(count - 1):
             # All steps to network k, with its guidance.
-            alone = given._replace(plan=Plan(jnp.full(steps, k, jnp.int32), count))
-            other = denoiser(alone, x, knot, inputs.conditions)
+            alone = Plan(jnp.full(steps, k, jnp.int32), count)
+            denoiser = assemble(inputs._replace(plan=alone), config)
+            other = denoiser(x, knot, inputs.cond)
             difference = other.x0 - x0
             lengths = over_images(jnp.square(other.eps)), over_images(jnp.square(eps))
             error = after.alpha * difference + after.sigma * (other.eps - eps)
@@ -449,33 +450,20 @@ def _in_turn(conditions: int, value: Any) -> Any:
     return spread if is_list(value[0]) else spread[0]
 
 
-def _conditioned(
-    networks: Sequence[Network], labels: Any, conditions: int, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Labels and prompts, one for each condition."""
-    check_whole("conditions", conditions, 4)
-    classes = [network.card.num_classes for network in networks if network.card.context is None]
-    if labels is None and classes:
-        labels = list(range(classes[-1]))
-    found: dict[str, Any] = {}
-    if labels is not None:
-        found["labels"] = _in_turn(conditions, labels)
-    if options.get("prompts") is not None:
-        found["prompts"] = _in_turn(conditions, options["prompts"])
-    return found
-
-
 def calibrate(
     key: Key,
-    networks: Sequence[Network],
+    sampler: Sampler,
     *,
     tolerance: float | int | None = None,
     budget: float | int | None = None,
     free: bool = False,
     labels: Any = None,
+    prompts: Any = None,
+    cond: Any = None,
+    negative: Any = None,
+    size: Any = None,
     conditions: int = 64,
     costs: str = "seconds",
-    **options: Any,
 ) -> Calibration:
     """Chooses which network takes which step, from one trajectory per condition.
 
@@ -484,73 +472,69 @@ def calibrate(
 
     Args:
         key: A JAX PRNG key.
-        networks: At least two, from the one for the first, noisy steps to the one for the last,
-            against which the others are measured.
+        sampler: A sampler of at least two networks, from the one for the first, noisy steps to the
+            one for the last, which the others are compared with. Its plan is ignored. Errors are
+            propagated as deterministic first-order steps would, whatever its solver.
         tolerance: Choose the cheapest plan whose predicted damage is at most this: the mean square
-            of what changes in the result, relative to the result's variance over images. 0.005
+            of the change in the result, relative to the result's variance over images; 0.005
             unless given.
-        budget: Choose instead the plan of least damage that is at least so many times cheaper than
+        budget: Choose instead the plan of least damage that costs at least this factor less than
             the last network alone.
         free: Whether an earlier network may come back after a later one; else each switch is final.
         labels: Class labels that the conditions take in turn (or a list for each network); spread
             over all classes unless given.
-        conditions: How many trajectories, at least 4; with a context, as many as it has.
+        prompts: Texts that the conditions take in turn.
+        cond, negative, size: As in a call of the sampler; ``size`` is that of the latents.
+        conditions: How many trajectories, at least 4; with ``cond``, as many as it has.
         costs: ``"seconds"``, as measured here, or ``"macs"``, multiply-adds as the cards say.
-        options: Of ``sample``: ``prompts`` (which the conditions take in turn), ``context``,
-            ``negative``, ``text_encoder``, ``size`` (of what is denoised), ``steps``, ``spacing``,
-            ``solver``, ``eta``, ``cfg_scale``, ``cfg_channels``, ``cfg_rescale``,
-            ``cfg_interval``, ``auto_scale``. Errors are carried on as deterministic first-order
-            steps would, whatever the solver.
 
     Returns:
-        A ``Calibration``; its ``plan`` goes to ``sample`` and ``generate``.
+        A ``Calibration``; a sampler takes it as its plan.
 
     Raises:
-        ValueError: If an argument is not as said, or no plan is as quick as ``budget`` asks.
+        ValueError: If an argument is invalid, or no plan reaches the ``budget``.
         FloatingPointError: If predictions are not finite.
     """
     tolerance, budget = _check_goal(tolerance, budget)
     if costs not in ("seconds", "macs"):
         raise ValueError(f"costs must be seconds or macs, got {shown(costs)}")
     check_key(key)
-    check_networks(networks)
-    if len(networks) < 2:
+    check_whole("conditions", conditions, 4)
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler must be a ts.Sampler, got {shown(sampler)}")
+    networks, count = sampler.networks, len(sampler.networks)
+    if count < 2:
         raise ValueError("calibration compares networks; give at least two")
-    if wrong := sorted(options.keys() - set(_OPTIONS)):
-        raise ValueError(f"no option {wrong[0]!r}; choose from {', '.join(_OPTIONS)}")
     if devices.mesh_of(*networks) is not None:
         raise ValueError("calibration runs on one device; load the networks without a mesh")
     if costs == "macs" and any(network.card.macs <= 0 for network in networks):
         raise ValueError("a card says nothing of multiply-adds; take costs='seconds'")
-    alone = [0.0] * (len(networks) - 1) + [1.0]
-    asked = options | _conditioned(networks, labels, conditions, options)
-    request = sampler.prepare(
-        key, networks, fractions=alone, decode=False, return_trajectory=True,
-        return_predictions=True, **asked,
-    )  # fmt: skip
+    classes = [network.card.num_classes for network in networks if network.card.context is None]
+    if labels is None and classes:
+        labels = list(range(classes[-1]))
+    asked = dict(
+        labels=None if labels is None else _in_turn(conditions, labels),
+        prompts=None if prompts is None else _in_turn(conditions, prompts),
+        negative=negative,
+        size=size,
+    )
+    last = Plan.from_list([count - 1] * sampler.knots.steps, count)
+    request = sampler.replace(plan=last).request(key, cond=cond, decode=False, keep=KEEP, **asked)
     if request.batch < 4:
         raise ValueError(f"give a context for at least 4 conditions, got {request.batch}")
-    steps, count = request.plan.steps, len(networks)
-    method = request.static["solver"]
-    solver = method.name if isinstance(method, Solver) else method
-    if isinstance(method, Solver) and method.needs_consistency:
+    steps, solver = request.plan.steps, sampler.solver.name
+    if sampler.solver.needs_consistency:
         raise ValueError(f"with the solver {solver!r} no error outlives a step; take another")
     if costs == "macs":
         per_pass = [float(network.card.macs) for network in networks]
     else:
-        per_pass = pass_seconds(networks, request.batch, request.static["shape"])
+        per_pass = pass_seconds(networks, request.batch, request.config.shape)
     spent = passes(request) @ np.asarray(per_pass)
     quickest = float(spent[-1].sum() / spent.min(axis=0).sum())
     if budget is not None and budget > quickest:
         raise _TooQuick(budget, networks[-1].card.name, quickest)
-    # The rule of fractions may leave the last network without some step.
-    inputs = request.inputs._replace(
-        given=request.inputs.given._replace(plan=Plan.from_list([count - 1] * steps, count))
-    )
-    static = tuple(sorted(request.static.items(), key=lambda item: item[0]))
-    found = jax.tree.map(
-        lambda v: np.asarray(v, np.float64), jax.device_get(_measure(inputs, static=static))
-    )
+    measured = _measure(request.inputs, config=request.config)
+    found = jax.tree.map(lambda v: np.asarray(v, np.float64), jax.device_get(measured))
     if not all(np.isfinite(value).all() for value in found):
         raise FloatingPointError("predictions along the trajectory are not finite")
 
@@ -573,9 +557,7 @@ def calibrate(
             raise _TooQuick(budget, networks[-1].card.name, front[0].speedup)
         chosen = quick[-1]
     goal = {"tolerance": tolerance} if budget is None else {"budget": budget}
-    # Contexts, what takes the place of negative texts among them, are no settings to be read.
-    left = {"context", "text_encoder"} | ({"negative"} if "context" in asked else set())
-    given = {k: plain(v) for k, v in asked.items() if k not in left}
+    given = {k: plain(v) for k, v in asked.items() if v is not None and cond is None}
     return Calibration(
         chosen=chosen,
         front=front,
@@ -589,8 +571,7 @@ def calibrate(
         warnings=tuple(_warnings(networks, found, allowed, spent, solver)),
         settings={
             **goal, "free": free, "conditions": request.batch, "costs": costs,
-            "times": np.asarray(request.inputs.knots.time, np.float64).tolist(),
-            **given, "steps": steps, "solver": solver,
+            **sampler.settings(), **given,
         },
         _gram=found.gram,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -17,11 +16,8 @@ import numpy as np
 from tstitch_jax.core.checks import check_seed
 from tstitch_jax.core.files import check_writable, whole_file
 from tstitch_jax.core.plan import Plan
-from tstitch_jax.models.devices import mesh_of
-from tstitch_jax.models.types import Autoencoder, Network
-from tstitch_jax.sampling import sampler
-from tstitch_jax.sampling.checks import check_networks
-from tstitch_jax.sampling.conditioning import Condition
+from tstitch_jax.core.types import Condition
+from tstitch_jax.sampling.sampler import Sampler
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -32,39 +28,40 @@ def _bits(leaf: Any) -> np.ndarray:
     return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
 
 
-def _given(conditions: Sequence[Condition]) -> dict[str, np.ndarray]:
-    """The arguments that say what all networks are conditioned on, by name."""
-    first, *others = conditions
-    if any(not np.array_equal(first.given, other.given) for other in others):
+def _given(cond: Condition) -> dict[str, np.ndarray]:
+    """The arguments that carry the conditioning of all networks, by name."""
+    first, *others = map(np.asarray, cond.given)
+    if any(not np.array_equal(first, other) for other in others):
         raise ValueError(
             "a sampler is exported with the same labels, or the same contexts, for all networks"
         )
-    given = np.asarray(first.given)
-    if given.ndim == 1:
-        return {"labels": given}
-    nulls = [np.asarray(each.null) for each in conditions if each.null is not None]
+    if first.ndim == 1:
+        return {"labels": first}
+    nulls = [np.asarray(each) for each in cond.null if each is not None]
     if any(not np.array_equal(nulls[0], other) for other in nulls[1:]):
         raise ValueError("a sampler is exported with the same negative for all networks")
-    return {"context": given} | ({"negative": nulls[0]} if nulls else {})
+    return {"context": first} | ({"negative": nulls[0]} if nulls else {})
 
 
-def _replaced(condition: Condition, values: Sequence[Any]) -> Condition:
-    """With the values of a call; the null label stays as it is."""
+def _replaced(cond: Condition, values: Sequence[Any]) -> Condition:
+    """With the values of a call; null labels stay as they are."""
     given, *negative = values
-    return Condition(
-        given, negative[0] if negative and condition.null is not None else condition.null
-    )
+    null = [negative[0] if negative and each is not None else each for each in cond.null]
+    return Condition(tuple(given for _ in cond.given), tuple(null))
 
 
 def export(
     path: str | os.PathLike[str],
-    networks: Sequence[Network],
+    sampler: Sampler,
     *,
-    labels: Sequence[int] | None = None,
+    labels: Any = None,
+    prompts: Any = None,
+    cond: Any = None,
+    negative: Any = None,
+    size: Any = None,
+    decode: bool = True,
     seed: int = 0,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
-    autoencoder: Autoencoder | None = None,
-    **options: Any,
 ) -> None:
     """Writes a sampler to an ``.npz`` file from which JAX alone, without this library, samples.
 
@@ -85,11 +82,11 @@ def export(
 
     Args:
         path: The file.
-        networks, labels, autoencoder: As for ``sample``; the same labels, or the same contexts,
-            for all networks.
+        sampler: What is written, with its networks on one device.
+        labels, prompts, cond, negative, size, decode: As in a call of the sampler; the same for all
+            networks.
         seed: 0 to 2^32 - 1.
         platforms: For which the program is lowered, of ``PLATFORMS``.
-        **options: The other arguments of ``sample`` that its compiled program depends on.
 
     Raises:
         ValueError: If an argument is not as said, or no file can be written there; before any
@@ -100,24 +97,25 @@ def export(
     wrong = [name for name in platforms if name not in PLATFORMS]
     if wrong or not platforms:
         raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, got {wrong}")
-    check_networks(networks)
     check_seed(seed)
-    if mesh_of(*networks, autoencoder) is not None:
+    networks = sampler.networks
+    request = sampler.request(
+        jax.random.key(seed), labels=labels, prompts=prompts, cond=cond, negative=negative,
+        size=size, decode=decode,
+    )  # fmt: skip
+    if request.config.mesh is not None:
         raise ValueError("a sampler is exported from networks on one device, not on a mesh")
-    request = sampler.prepare(
-        jax.random.key(seed), networks, labels=labels, autoencoder=autoencoder, **options
-    )
     if set(platforms) != {"cpu"}:  # else the program holds what is quick on a CPU alone
-        precompute = (None,) * len(networks)
-        request = dataclasses.replace(request, static=request.static | {"precompute": precompute})
+        request = request.replace(platform=None)
     inputs = request.inputs
-    if inputs.noise is not None or inputs.start is not None:
-        raise ValueError("noise and start cannot be exported")
-    given = _given(inputs.conditions)
-    leaves, tree = jax.tree.flatten((inputs.given.params, inputs.coder_params))
-    dtypes = [leaf.dtype for leaf in leaves]
-    weights = [_bits(leaf) for leaf in leaves]
-    guided = [scale for scale in inputs.given.scales if scale is not None]
+    given = _given(inputs.cond)
+    leaves, tree = jax.tree.flatten((inputs.denoisers, inputs.coder))
+    # A network with several places is written once.
+    distinct = list({id(leaf): leaf for leaf in leaves}.values())
+    places = [next(i for i, each in enumerate(distinct) if each is leaf) for leaf in leaves]
+    dtypes = [leaf.dtype for leaf in distinct]
+    weights = [_bits(leaf) for leaf in distinct]
+    guided = [scale for scale in inputs.scales if scale is not None]
     scales = np.array(np.broadcast_arrays(*guided) if guided else [], np.float32)
 
     def draw(weights: Any, seed: Any, *rest_of_inputs: Any) -> jax.Array:
@@ -126,19 +124,19 @@ def export(
             jax.lax.bitcast_convert_type(weight, dtype) if weight.dtype != dtype else weight
             for weight, dtype in zip(weights, dtypes, strict=True)
         ]
-        params, coder_params = jax.tree.unflatten(tree, parts)
+        denoisers, coder = jax.tree.unflatten(tree, [parts[place] for place in places])
         rest = iter(scales)
-        chosen = tuple(None if s is None else next(rest) for s in inputs.given.scales)
-        return request.function(
+        output, *_ = request.function(
             inputs._replace(
                 key=jax.random.key(seed),
-                given=inputs.given._replace(
-                    params=params, scales=chosen, plan=Plan(plan, len(networks))
-                ),
-                conditions=tuple(_replaced(each, cond) for each in inputs.conditions),
-                coder_params=coder_params,
+                denoisers=denoisers,
+                plan=Plan(plan, len(networks)),
+                scales=tuple(None if s is None else next(rest) for s in inputs.scales),
+                cond=_replaced(inputs.cond, cond),
+                coder=coder,
             )
         )
+        return output
 
     arguments = dict(
         seed=np.uint32(seed),

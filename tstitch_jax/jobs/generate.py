@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import secrets
@@ -19,16 +18,18 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from tstitch_jax.core.checks import check_seed, check_whole, is_list, plain, shown
+from tstitch_jax.core.checks import check_seed, check_whole, is_list, shown
+from tstitch_jax.core.types import Condition
 from tstitch_jax.jobs.hosts import HostError, Hosts, tell_all
 from tstitch_jax.jobs.shards import SAMPLES, Shards, differences
 from tstitch_jax.models import devices
 from tstitch_jax.models.types import Autoencoder, Network, TextEncoder
-from tstitch_jax.sampling import sampler
-from tstitch_jax.sampling.checks import MAX_BATCH, check_networks
-from tstitch_jax.sampling.conditioning import check_encoders, check_texts, encode_texts
+from tstitch_jax.sampling.checks import MAX_BATCH
+from tstitch_jax.sampling.conditioning import check_encoders, check_texts
+from tstitch_jax.sampling.program import Inputs, SampleRequest
+from tstitch_jax.sampling.sampler import Sampler
 
-FORMAT = 3
+FORMAT = 4
 
 _UNSEEN = {
     "name", "num_params", "macs", "source", "source_checksum", "data", "license", "class_names",
@@ -36,22 +37,14 @@ _UNSEEN = {
 }  # fmt: skip
 """What no image depends on of that which a card says."""
 
-DEFAULTS: dict[str, Any] = dict(
-    fractions=None, plan=None, steps=50, spacing="respaced", solver="ddim", eta=None,
-    cfg_scale=1.5, cfg_channels=None, cfg_rescale=0.0, cfg_interval=None, auto_scale=None,
-    size=None,
-)  # fmt: skip
-"""Options of ``sample`` that ``generate`` takes too."""
-
 
 def _settings(
-    request: sampler.Sampling, networks: Sequence[Network], autoencoder: Autoencoder | None,
-    encoders: Sequence[TextEncoder], seed: int, asked: dict[str, Any], batch: int,
-    options: dict[str, Any],
+    sampler: Sampler, request: SampleRequest, encoders: Sequence[TextEncoder], seed: int,
+    asked: dict[str, Any], batch: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """All that an image's bytes depend on."""
-    mesh = devices.mesh_of(*networks)
-    owners = [*networks, *([] if autoencoder is None else [autoencoder]), *encoders]
+    """Everything that an image's bytes depend on."""
+    mesh, coder = request.config.mesh, sampler.autoencoder
+    owners = [*sampler.networks, *([] if coder is None else [coder]), *encoders]
     leaves = [jax.tree.leaves(owner.params) for owner in owners]
 
     def seen(owner: Network | Autoencoder | TextEncoder) -> dict[str, Any]:
@@ -60,13 +53,13 @@ def _settings(
 
     return {
         "format": FORMAT,
-        "networks": [network.card.name for network in networks],
-        "autoencoder": None if autoencoder is None else autoencoder.card.name,
+        **sampler.settings(),
+        "autoencoder": None if coder is None else coder.card.name,
         "cards": [seen(owner) for owner in owners],
         "dtypes": [sorted({str(leaf.dtype) for leaf in own}) for own in leaves],
         "plan": np.asarray(request.plan.networks).tolist(),
-        "times": np.asarray(request.inputs.knots.time, np.float64).tolist(),
-        **{name: plain(value) for name, value in sorted(options.items())},
+        "size": request.config.shape,
+        "channels": request.config.channels,
         "seed": seed,
         **asked,
         "batch": batch,
@@ -96,80 +89,72 @@ def _check(num: int, batch: int, seed: int) -> None:
 
 @dataclasses.dataclass
 class _Team:
-    """The devices that hold all networks once, and draw a batch at a time.
+    """The devices that hold all networks once, and sample a batch at a time.
 
     Each team runs a program of its own, compiled for its devices alone: a program that is spread
     over many rounds otherwise than that of one, and an image would depend on how many there are.
     """
 
-    request: sampler.Sampling
+    request: SampleRequest
     place: Any
-    execute: Callable[[sampler.Inputs], Any] | None = None
+    execute: Callable[[Inputs], Any] | None = None
 
     def lower(self) -> jax.stages.Lowered:
         return self.request.lower()
 
-    def start(self, indices: np.ndarray, given: Sequence[Any]) -> Any:
-        """Pixels, and whether each image is finite, when the devices will be through.
+    def start(self, indices: np.ndarray, given: Any) -> Any:
+        """Pixels, and whether each image is finite, when the devices are through.
 
-        ``given`` is what each network is conditioned on.
+        ``given`` is the first half of the condition.
         """
-        indices, given = jax.device_put((indices.astype(np.int32), tuple(given)), self.place)
+        indices, given = jax.device_put((indices.astype(np.int32), given), self.place)
         inputs = self.request.inputs
-        cond = (own._replace(given=new) for own, new in zip(inputs.conditions, given, strict=True))
-        inputs = inputs._replace(indices=indices, conditions=tuple(cond))
+        inputs = inputs._replace(indices=indices, cond=inputs.cond._replace(given=given))
         assert self.execute is not None
-        return self.execute(inputs)
+        return self.execute(inputs)[0]
 
 
-def _teams(
-    networks: Sequence[Network], autoencoder: Autoencoder | None,
-    prepare: Callable[[Sequence[Network], Autoencoder | None], sampler.Sampling],
-) -> list[_Team]:  # fmt: skip
+def _teams(sampler: Sampler, request: SampleRequest) -> list[_Team]:
     """One for each row of the networks' mesh; nothing is compiled yet."""
-    mesh = devices.mesh_of(*networks, autoencoder)
+    mesh = request.config.mesh
     if mesh is not None and mesh.is_multi_process:
         raise ValueError(
             "each host generates on its own devices: make_mesh(devices=jax.local_devices())"
         )
     teams = []
     for row in [None] if mesh is None else devices.rows(mesh):
+        inputs = request.inputs
         if row is None:
-            request = prepare(networks, autoencoder)
-            place = next(iter(jax.tree.leaves(networks[0].params)[0].devices()))
+            place = next(iter(jax.tree.leaves(sampler.networks[0].params)[0].devices()))
         else:
-            request = prepare(
-                [devices.part(network, row) for network in networks],
-                autoencoder and devices.part(autoencoder, row),
-            )
             place = NamedSharding(row, PartitionSpec())
-        # Alike for all teams, so that they are traced once.
-        static = request.static | {"finish": sampler.to_pixels, "mesh": None}
-        key, indices, cond = jax.device_put(
-            (request.inputs.key, np.asarray(request.inputs.indices), request.inputs.conditions),
-            place,
+            denoisers, coder = devices.part((inputs.denoisers, inputs.coder), row)
+            inputs = inputs._replace(denoisers=denoisers, coder=coder)
+        # Without what fills the mesh: each team samples whole batches.
+        indices, cond = jax.tree.map(
+            lambda leaf: np.asarray(leaf)[: request.batch], (inputs.indices, inputs.cond)
         )
-        inputs = request.inputs._replace(key=key, indices=indices, conditions=cond)
-        teams.append(_Team(dataclasses.replace(request, static=static, inputs=inputs), place))
+        key, indices, cond = jax.device_put((inputs.key, indices, cond), place)
+        inputs = inputs._replace(key=key, indices=indices, cond=cond)
+        alone = dataclasses.replace(request, inputs=inputs)
+        teams.append(_Team(alone.replace(output="pixels", mesh=None), place))
     return teams
 
 
 def generate(
     out: str | os.PathLike[str],
-    networks: Sequence[Network],
+    sampler: Sampler,
     *,
     num: int,
     seed: int = 0,
-    labels: Sequence[int] | None = None,
+    labels: Any = None,
     prompts: Any = None,
-    negative: Any = "",
-    text_encoder: Any = None,
+    negative: Any = None,
+    size: Any = None,
     batch: int = 16,
     png: bool = False,
-    autoencoder: Autoencoder | None = None,
     progress: bool = True,
     host_timeout: float | int = 60,
-    **options: Any,
 ) -> Path:
     """Samples many images into a folder, over the devices of a mesh and over all hosts.
 
@@ -187,23 +172,20 @@ def generate(
     Args:
         out: The folder: ``samples.npz`` (see ``Shards.join``), ``settings.json``, ``shards/``,
             which may be deleted in the end, and ``png/``.
-        networks: As for ``sample``. On a mesh (``ts.load(..., mesh=)``, ``ts.shard``) all of its
-            devices work; it must be of this host's devices.
+        sampler: What samples. With networks on a mesh (``ts.load(..., mesh=)``, ``ts.shard``) all
+            of its devices work; it must be of this host's devices.
         num: Number of images.
         seed: Seed of all noise, 0 to 2^32 - 1.
         labels: Image i is of class ``labels[i % len(labels)]``; all classes unless given.
         prompts: Where the networks are conditioned on texts, image i is of the text
             ``prompts[i % len(prompts)]``, whose number is then its label in ``samples.npz``.
-        negative: The text of the unconditional half of guidance.
-        text_encoder: As for ``sample``. Texts are encoded batch by batch.
+        negative: The text that guidance leads away from; the empty text unless given.
+        size: As in a call of the sampler.
         batch: Images of a device at a time, and of a file. Part of the settings, as it may change
             an image's last bit.
         png: Whether to write each image as a PNG too, and remove those of more images than ``num``.
-        autoencoder: As for ``sample``.
         progress: Whether to show progress.
         host_timeout: Seconds after which a host that gives no sign of life counts as dead.
-        **options: ``fractions``, ``plan``, ``steps``, ``spacing``, ``solver`` (by name), ``eta``,
-            ``cfg_scale`` and the other options of guidance, as for ``sample``.
 
     Returns:
         The path of ``samples.npz``.
@@ -217,69 +199,54 @@ def generate(
     """
     _check(num, batch, seed)
     num, batch, seed = int(num), int(batch), int(seed)
-    if options.keys() - DEFAULTS.keys():
-        wrong = ", ".join(sorted(options.keys() - DEFAULTS.keys()))
-        raise ValueError(f"generate takes no {wrong}; its options are {', '.join(DEFAULTS)}")
-    options = DEFAULTS | options
-    if not isinstance(options["solver"], str):
-        raise ValueError("generate takes a solver by name, so that a job can be gone on with")
-    check_networks(networks)
-    key = jax.random.key(seed)
-    cards = [network.card for network in networks]
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler must be a ts.Sampler, got {shown(sampler)}")
+    cards = [network.card for network in sampler.networks]
     if prompts is None:
-        if negative or text_encoder is not None:
-            raise ValueError("negative and text_encoder go with prompts")
+        if negative is not None:
+            raise ValueError("negative goes with prompts")
         if labels is None:
             labels = range(cards[-1].num_classes)
-        if not is_list(labels) or any(is_list(each) for each in labels):
+        if not is_list(labels) or any(
+            is_list(each) and not isinstance(each, str) for each in labels
+        ):
             raise ValueError(
-                f"labels must be one list of whole numbers for all networks, got {shown(labels)}"
+                f"labels must be one list of class labels for all networks, got {shown(labels)}"
             )
         few = min(cards, key=lambda card: card.num_classes)
         if few.num_classes != cards[-1].num_classes:
             raise ValueError(
                 f"{few.name} and {cards[-1].name} differ in their number of classes: all networks "
-                "of a job are given the same labels; sample takes a list for each"
+                "of a job are given the same labels; a sampler takes a list for each"
             )
-        cycle: list[Any] = list(labels)
+        numbers = sampler.condition(labels=list(labels)).given[0]  # names as numbers, all checked
+        cycle: list[Any] = [int(label) for label in numbers]
         encoders: list[TextEncoder] = []
-        kept_texts: dict[str, Any] = {}
 
-        def given_of(numbers: np.ndarray) -> list[Any]:
-            return [np.array([cycle[n] for n in numbers], np.int32)] * len(cards)
+        def condition_of(chosen: list[Any]) -> Condition:
+            return sampler.condition(labels=chosen)
 
     else:
         if labels is not None or any(card.context is None for card in cards):
             raise ValueError("prompts are for networks that are all conditioned on texts alone")
-        if not isinstance(negative, str):
+        if negative is not None and not isinstance(negative, str):
             raise ValueError(f"negative must be one text, got {shown(negative)}")
         cycle = check_texts("prompts", prompts)
-        encoders = check_encoders(text_encoder, cards)
-        kept_texts = dict(negative=negative, text_encoder=encoders)
+        encoders = check_encoders(sampler.text_encoders(), cards)
 
-        def given_of(numbers: np.ndarray) -> list[Any]:
-            texts = [cycle[n] for n in numbers]
-            made = {id(encoder): encode_texts(encoder, texts) for encoder in encoders}
-            return [made[id(encoder)] for encoder in encoders]
+        def condition_of(chosen: list[Any]) -> Condition:
+            return sampler.condition(prompts=chosen, negative=negative)
 
-    word_for = "labels" if prompts is None else "prompts"
+    def given_of(numbers: np.ndarray) -> Any:
+        return condition_of([cycle[n] for n in numbers]).given
 
-    def prepare(chosen: Any, *owners: Any) -> sampler.Sampling:
-        given = {word_for: chosen} | kept_texts
-        return sampler.prepare(key, owners[0], autoencoder=owners[1], **given, **options)
-
-    if prompts is None:
-        prepare(cycle, networks, autoencoder)  # all labels are checked
-    numbers = np.resize(np.arange(len(cycle)), batch)
-    first = [cycle[n] for n in numbers]
-    teams = _teams(networks, autoencoder, functools.partial(prepare, first))
-    request = teams[0].request
-    shape = jax.eval_shape(request.function, request.inputs)[0].shape[1:]
-    kept = {k: v for k, v in options.items() if k not in ("fractions", "plan", "steps")}
-    asked: dict[str, Any] = {"prompts": cycle, "negative": negative}
-    if prompts is None:
-        asked = {"labels": [int(label) for label in cycle]}
-    settings = _settings(request, networks, autoencoder, encoders, seed, asked, batch, kept)
+    first = [cycle[n] for n in np.resize(np.arange(len(cycle)), batch)]
+    request = sampler.request(jax.random.key(seed), cond=condition_of(first), size=size)
+    teams = _teams(sampler, request)
+    request_of_team = teams[0].request
+    shape = jax.eval_shape(request_of_team.function, request_of_team.inputs)[0][0].shape[1:]
+    asked = {"labels": cycle} if prompts is None else {"prompts": cycle, "negative": negative or ""}
+    settings = _settings(sampler, request, encoders, seed, asked, batch)
     shards = Shards(Path(out), settings, batch, shape)
     _check_hosts(shards.settings | {"num": num})
 

@@ -33,24 +33,32 @@ from tstitch_jax.evaluation.request import check_features, check_request
 from tstitch_jax.evaluation.sources import Source
 from tstitch_jax.hub import resolve
 from tstitch_jax.jobs.folder import held_folder, remove_unfinished
-from tstitch_jax.jobs.generate import DEFAULTS, generate
+from tstitch_jax.jobs.generate import generate
 from tstitch_jax.jobs.shards import differences
 from tstitch_jax.jobs.timing import pareto_front, pass_seconds, passes, timed
 from tstitch_jax.models import devices
 from tstitch_jax.models.cards import Card
-from tstitch_jax.models.types import Autoencoder, FeatureNetwork, Network
+from tstitch_jax.models.types import FeatureNetwork, Network
 from tstitch_jax.report import charts, pictures
-from tstitch_jax.sampling import sampler
 from tstitch_jax.sampling.checks import MAX_BATCH
 from tstitch_jax.sampling.conditioning import check_encoders, check_texts
+from tstitch_jax.sampling.program import SampleRequest
+from tstitch_jax.sampling.sampler import Sampler, make_sampler
 
 SETTINGS, TIMES, RESULTS = "settings.json", "times.json", "results.csv"
 
 ROUNDS = 5
 """Timed runs of each point, after one that warms up; a median needs no more."""
 
+DEFAULTS: dict[str, Any] = dict(
+    fractions=None, plan=None, steps=50, spacing="respaced", solver="ddim", eta=None,
+    cfg_scale=1.5, cfg_channels=None, cfg_rescale=0.0, cfg_interval=None, auto_scale=None,
+    size=None,
+)  # fmt: skip
+"""Options of a point."""
+
 OF_TEXTS = ("negative", "text_encoder")
-"""Options of a point besides those of ``generation.DEFAULTS``."""
+"""Options of a point of networks that take texts, besides ``DEFAULTS``."""
 
 NOISE = 0.02
 """By what share a time may be longer and count as equal: measured again, it differs by as much."""
@@ -67,7 +75,7 @@ class Point:
         series: The curve that it belongs to.
         x: Its place on the horizontal axis: a number, or in a sweep without an axis a name.
         networks: Names or folders, as ``load`` takes them, first steps first.
-        options: Those of ``generate``: ``fractions`` or ``plan`` (a ``Plan``, or the list of its
+        options: Those of ``sample``: ``fractions`` or ``plan`` (a ``Plan``, or the list of its
             networks by step), ``steps``, ``spacing``, ``solver``, ``eta``, ``cfg_scale``,
             ``cfg_channels``, ``cfg_rescale``, ``cfg_interval``, ``auto_scale``, ``size``. With
             prompts also ``negative``, and ``text_encoder``: a name, or one for each network;
@@ -131,29 +139,32 @@ class Estimate(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Way:
+class ResolvedPoint:
     """A point that has been checked.
 
     Attributes:
         point: The point.
-        name: What its files are called.
-        networks, autoencoder: Loaded.
-        options: Those of ``generate``, all of them.
-        texts: Of prompts, what ``generate`` is told of them.
+        name: The name of its files.
+        sampler: Samples it.
+        options: All of ``DEFAULTS``.
+        texts: With prompts, ``prompts`` and ``negative``.
         request: A batch for each device, to measure the time of.
     """
 
     point: Point
     name: str
-    networks: list[Network]
-    autoencoder: Autoencoder | None
+    sampler: Sampler
     options: dict[str, Any]
     texts: dict[str, Any]
-    request: sampler.Sampling
+    request: SampleRequest
+
+    @property
+    def networks(self) -> list[Network]:
+        return self.sampler.networks
 
     @property
     def names(self) -> list[str]:
-        return [network.card.name for network in self.networks]
+        return self.sampler.names
 
     @property
     def plan(self) -> str:
@@ -166,7 +177,7 @@ class _Job:
     """Everything that a sweep works with, checked and loaded."""
 
     config: SweepConfig
-    ways: list[_Way]
+    ways: list[ResolvedPoint]
     features: FeatureNetwork
     reference: Source | None
 
@@ -188,13 +199,13 @@ class _Job:
             kept = {k: v for k, v in way.options.items() if k not in ("fractions", "plan", "steps")}
             if way.texts:
                 kept["negative"] = way.texts["negative"]
-                encoders = [encoder.card for encoder in way.texts["text_encoder"]]
+                encoders = [encoder.card for encoder in way.sampler.text_encoders()]
                 kept["text_encoder"] = [[card.name, card.checksum] for card in encoders]
-            inputs = way.request.inputs
+            inputs, coder = way.request.inputs, way.sampler.autoencoder
             points[way.name] = {
                 "networks": [[n.card.name, n.card.checksum] for n in way.networks],
-                "autoencoder": way.autoencoder and way.autoencoder.card.checksum,
-                "plan": np.asarray(inputs.given.plan.networks).tolist(),
+                "autoencoder": coder and coder.card.checksum,
+                "plan": np.asarray(inputs.plan.networks).tolist(),
                 "times": np.asarray(inputs.knots.time, np.float64).tolist(),
                 **kept,
             }
@@ -306,7 +317,9 @@ def _texts(
     return dict(prompts=list(config.prompts), negative=negative, text_encoder=encoders)
 
 
-def _open_way(config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict[str, Any]) -> _Way:
+def _open_way(
+    config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict[str, Any]
+) -> ResolvedPoint:
     """A point's networks and its options; raises ValueError if something is wrong with them."""
 
     def load(name: str) -> Any:
@@ -328,19 +341,23 @@ def _open_way(config: SweepConfig, point: Point, mesh: Mesh | None, loaded: dict
         if not isinstance(network, Network):
             raise ValueError(f"{name} draws no images")
     texts = _texts(config, [network.card for network in networks], of_texts, load)
-    coder = networks[-1].card.autoencoder
-    coder = load(coder) if coder else None
+    coder, encoders = networks[-1].card.autoencoder, texts.pop("text_encoder", None)
+    size = options.pop("size")
+    sampler = make_sampler(
+        networks, autoencoder=load(coder) if coder else None, text_encoder=encoders, **options
+    )
+    options["size"] = size
     count = config.batch * (1 if mesh is None else mesh.shape[devices.DATA])
     if texts:  # numbers of any kind, as nothing is to be computed yet
-        shapes = [(count, encoder.tokens, encoder.width) for encoder in texts["text_encoder"]]
+        shapes = [(count, encoder.tokens, encoder.width) for encoder in encoders]
         contexts = [np.zeros(shape, np.float32) for shape in shapes]
-        asked: dict[str, Any] = dict(context=contexts, negative=contexts)
+        asked: dict[str, Any] = dict(cond=contexts, negative=contexts)
     else:
         asked = dict(labels=np.resize(np.arange(networks[-1].card.num_classes), count).tolist())
-    request = sampler.prepare(jax.random.key(0), networks, autoencoder=coder, **asked, **options)
-    return _Way(
-        point=point, name=_name(point), networks=networks, autoencoder=coder, options=options,
-        texts=texts, request=request,
+    request = sampler.request(jax.random.key(0), size=size, **asked)
+    return ResolvedPoint(
+        point=point, name=_name(point), sampler=sampler, options=options, texts=texts,
+        request=request,
     )  # fmt: skip
 
 
@@ -357,7 +374,8 @@ def _open(config: SweepConfig, mesh: Mesh | None) -> _Job:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{_where(point)}: {error}") from None
     for way in ways:
-        height, width, _ = jax.eval_shape(way.request.function, way.request.inputs).shape[1:]
+        images, *_ = jax.eval_shape(way.request.function, way.request.inputs)
+        height, width, _ = images.shape[1:]
         classes = None if way.texts else way.networks[-1].card.num_classes
         samples = Source(
             name="its images", count=config.num, shape=(height, width, 3),
@@ -379,7 +397,7 @@ def _prompts_of_images(config: SweepConfig) -> list[str] | None:
     return [config.prompts[i % len(config.prompts)] for i in range(config.num)]
 
 
-def _rows(way: _Way) -> np.ndarray:
+def _rows(way: ResolvedPoint) -> np.ndarray:
     """How often an image goes through each network, float ``[K]``."""
     plan = np.asarray(way.request.plan.networks)
     return passes(way.request)[plan, np.arange(len(plan))].sum(axis=0)
@@ -399,7 +417,7 @@ def estimate(config: SweepConfig, *, mesh: Mesh | None = None) -> list[Estimate]
         ValueError: As ``sweep`` does, before anything is computed.
     """
     job = _open(config, mesh)
-    shapes = [way.request.static["shape"] for way in job.ways]
+    shapes = [way.request.config.shape for way in job.ways]
     seconds: dict[tuple[int, Any], float] = {}
     for shape in dict.fromkeys(shapes):
         ways = [way for way, own in zip(job.ways, shapes, strict=True) if own == shape]
@@ -506,7 +524,7 @@ def _followed(bar: tqdm, folder: Path, batch: int, num: int, weight: float) -> I
     bar.update(before + round(num * weight) - bar.n)
 
 
-def _draw(way: _Way, images: Path, file: Path) -> None:
+def _draw(way: ResolvedPoint, images: Path, file: Path) -> None:
     """A row of the first ten images."""
     source, card = open_source(images), way.networks[-1].card
     first = next(source.read(min(10, source.count)))
@@ -531,14 +549,14 @@ def _hashes(reference: dict[str, Any] | None) -> Any:
     return reference and (reference["sha256"], reference["statistics"])
 
 
-def _measure(job: _Job, way: _Way, seed: int, out: Path, bar: tqdm, weight: float) -> None:
+def _measure(job: _Job, way: ResolvedPoint, seed: int, out: Path, bar: tqdm, weight: float) -> None:
     """Images of a point and seed, and then their values, in a file that is there when all is."""
     config, name = job.config, f"{way.name}-seed{seed}"
     images, result = out / "images" / name, out / "results" / f"{name}.json"
     with _followed(bar, images, config.batch, config.num, weight):
         generate(
-            images, way.networks, num=config.num, seed=seed, batch=config.batch,
-            autoencoder=way.autoencoder, progress=False, **way.texts, **way.options,
+            images, way.sampler, num=config.num, seed=seed, batch=config.batch,
+            size=way.options["size"], progress=False, **way.texts,
         )  # fmt: skip
     found = evaluate(
         images, job.reference, features=job.features, metrics=config.metrics,
@@ -571,7 +589,7 @@ def _guidance(options: dict[str, Any]) -> str:
 class _Row(NamedTuple):
     """A point's results: mean and deviation over the seeds of each measure, and its time."""
 
-    way: _Way
+    way: ResolvedPoint
     means: list[float]
     errors: list[float]
     seconds: float
@@ -721,7 +739,7 @@ def sweep(
         seconds = {name: statistics.median(own) for name, own in times.items()}
         mean = statistics.mean(seconds.values())
 
-        def is_done(way: _Way, seed: int) -> bool:
+        def is_done(way: ResolvedPoint, seed: int) -> bool:
             found = _read(out / "results" / f"{way.name}-seed{seed}.json")
             return isinstance(found, dict) and "metrics" in found
 

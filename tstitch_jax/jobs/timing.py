@@ -11,51 +11,41 @@ from typing import Any
 import jax
 import numpy as np
 
-from tstitch_jax.core.types import Solver
 from tstitch_jax.models.types import Network
-from tstitch_jax.sampling import sampler
+from tstitch_jax.sampling.program import SampleRequest
+from tstitch_jax.sampling.sampler import Sampler
 
 ROUNDS = 3
 """Timed runs of a step, after one that warms up."""
 
 
-def passes(request: sampler.Sampling) -> np.ndarray:
-    """How often an image goes through each network, by who takes the step.
+def passes(request: SampleRequest) -> np.ndarray:
+    """How often an image goes through each network, by the network that takes the step.
 
-    Guidance sends it through twice, autoguidance through the first network too. Heun's methods ask
-    twice a step, PNDM in the first step, none in a step to clean data nor, but for ``flow_heun``,
-    in one where alpha grows more than tenfold (``karras_slope``).
+    Guidance sends it through twice, autoguidance through the weak network too.
 
     Returns:
         float64 ``[K, N, K]``: entry ``[k, i, m]`` says how often it goes through network m in step
         i if network k takes that step.
     """
-    given, solver = request.inputs.given, request.static["solver"]
-    count, steps = len(given.params), request.plan.steps
+    inputs, weak = request.inputs, request.config.weak
+    count, steps = len(inputs.denoisers), request.plan.steps
 
     def guided(scale: Any) -> np.ndarray:
-        """Whether each step is; a scale for all steps guides whatever it is."""
+        """Whether each step is; a scale for all steps guides whatever its value."""
         if scale is None:
             return np.zeros(steps)
         return np.ones(steps) if np.ndim(scale) == 0 else np.asarray(scale) != 1
 
-    found = np.zeros((count, steps, count))
-    for k, scale in enumerate(given.scales):
-        found[k, :, k] += 1 + guided(scale)
-        if k:
-            found[k, :, 0] += guided(given.auto_scale)
-    name = solver.name if isinstance(solver, Solver) else solver
-    twice = np.zeros(steps)
-    twice[: {"heun": steps, "flow_heun": steps, "pndm": 1}.get(name, 0)] = 1
-    knots = request.inputs.knots
-    alpha, sigma = np.asarray(knots.alpha), np.asarray(knots.sigma)
-    twice *= sigma[1:] > 0
-    if name != "flow_heun":
-        twice *= alpha[1:] <= 10 * alpha[:-1]
-    return found * (1 + twice)[:, None]
+    counts = np.zeros((count, steps, count))
+    for k, scale in enumerate(inputs.scales):
+        counts[k, :, k] += 1 + guided(scale)
+        if k != weak:
+            counts[k, :, weak] += guided(inputs.weak_scale)
+    return counts * inputs.solver.evaluations(inputs.knots)[:, None]
 
 
-def timed(request: sampler.Sampling) -> float:
+def timed(request: SampleRequest) -> float:
     """Seconds per image; compiles where nothing alike has run before."""
     start = time.perf_counter()
     jax.block_until_ready(request.run())
@@ -79,12 +69,9 @@ def pass_seconds(
         if card.context is None:
             given["labels"] = np.resize(np.arange(card.num_classes), batch).tolist()
         else:
-            given["context"] = np.zeros((batch, *card.context), np.float32)
-        steps.append(
-            sampler.prepare(
-                jax.random.key(0), [network], steps=1, cfg_scale=None, decode=False, **given
-            ).precomputed()
-        )
+            given["cond"] = np.zeros((batch, *card.context), np.float32)
+        step = Sampler(network, steps=1, guidance=None)
+        steps.append(step.request(jax.random.key(0), decode=False, **given).prepared())
     # In rounds that go through all, so that what slows the machine for a while slows them all.
     rounds = [[timed(step) for step in steps] for _ in range(ROUNDS + 1)][1:]
     return [statistics.median(times) for times in zip(*rounds, strict=True)]

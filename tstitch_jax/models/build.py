@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tstitch_jax.core.checks import shown, unknown
-from tstitch_jax.core.prediction import as_denoiser, check_target, in_chunks
+from tstitch_jax.core.denoisers import as_denoiser
+from tstitch_jax.core.prediction import check_target
 from tstitch_jax.core.schedules import make_schedule
-from tstitch_jax.core.types import Cond, Denoiser, Params, Schedule
-from tstitch_jax.models.autoencoder import at_once
+from tstitch_jax.core.types import Condition, Params, Schedule
 from tstitch_jax.models.cards import AutoencoderCard, BaseCard, Card, FeatureCard, TextEncoderCard
 from tstitch_jax.models.convolution import FORMS, forms_of
 from tstitch_jax.models.families import (
@@ -30,13 +30,15 @@ from tstitch_jax.models.families import (
 from tstitch_jax.models.tokenizer import make_tokenizer
 from tstitch_jax.models.types import (
     Autoencoder,
+    Coder,
+    FeatureModel,
     FeatureNetwork,
-    Features,
     Network,
-    Precomputed,
     TextEncoder,
+    TextModel,
     Tokenizer,
 )
+from tstitch_jax.models.unet import UNet
 
 C = TypeVar("C", bound=BaseCard)
 
@@ -82,32 +84,43 @@ def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
         raise ValueError(f"{card.architecture} cannot be built: {error}") from None
 
 
-@functools.cache
-def _denoiser(module: nn.Module, target: str, learned_variance: bool) -> Denoiser:
-    # Cached, so that loading a network twice gives the same function, which jit knows again.
-    def apply(params: Params, x: jax.Array, time: jax.Array, cond: Cond) -> jax.Array:
+class Prepared(NamedTuple):
+    """A network's parameters, and what was computed of them alone before the loop."""
+
+    params: Params
+    forms: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FlaxApply:
+    """A Flax module as a function of its parameters and inputs; equal modules make equal ones."""
+
+    module: nn.Module
+
+    def __call__(self, params: Params, *inputs: Any) -> jax.Array:
         variables = {"params": params}
-        if isinstance(params, Precomputed):
+        if isinstance(params, Prepared):
             variables = {"params": params.params, FORMS: params.forms}
-        return module.apply(variables, x, time, cond)  # pyright: ignore
+        return self.module.apply(variables, *inputs)  # pyright: ignore[reportReturnType]
 
-    return as_denoiser(apply, target, learned_variance)
-
-
-@functools.cache
-def _precompute(module: nn.Module) -> Callable[[Params, Any, Any], Any]:
-    # Cached as denoisers are.
-    @functools.cache
-    def wanted(shape: tuple[int, ...], cond: jax.ShapeDtypeStruct) -> Any:
-        given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, shape[:1]))
+    def prepare(
+        self, params: Params, shape: tuple[int, ...], cond: Condition, platform: str | None
+    ) -> Params:
+        """Transforms the kernels of convolutions, which a loop on a CPU would do in every step."""
+        module: Any = self.module
+        if platform != "cpu" or not isinstance(module, UNet) or module.dtype != jnp.float32:
+            return params
+        if isinstance(params, Prepared):
+            return params
+        x, rows = jax.ShapeDtypeStruct(shape, jnp.float32), shape[0]
+        inputs = jax.tree.map(
+            lambda v: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype), cond.given
+        )
         apply = functools.partial(module.apply, mutable=[FORMS])
-        _, made = jax.eval_shape(apply, {"params": param_shapes(module)}, *given, cond)
-        return made.get(FORMS, {})
-
-    def precompute(params: Params, x: Any, cond: Any) -> Any:
-        return forms_of(params, wanted(x.shape, jax.ShapeDtypeStruct(cond.shape, cond.dtype)))
-
-    return precompute
+        time = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        _, made = jax.eval_shape(apply, {"params": param_shapes(module)}, x, time, inputs)
+        forms = forms_of(params, made.get(FORMS, {}))
+        return Prepared(params, forms) if jax.tree.leaves(forms) else params
 
 
 def check_classes(card: Card | FeatureCard) -> None:
@@ -190,14 +203,21 @@ def _on_device(params: Params) -> Params:
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, shape) else jnp.asarray(leaf), params)
 
 
-def _fit(card: C, params: Params, dtype: Any) -> tuple[Any, Params, C]:
-    """The module of a card, its parameters as it holds them, and the card completed."""
+def parse_dtype(dtype: Any) -> Any:
+    """``jnp.float32`` or ``jnp.bfloat16``, always the same object, as modules are compared by it.
+
+    Raises:
+        ValueError: If it is another dtype.
+    """
     try:
-        # Always the same object of equal ones, since a module is known again by it.
-        dtype = {jnp.dtype(d): d for d in (jnp.float32, jnp.bfloat16)}[jnp.dtype(dtype)]
+        return {jnp.dtype(d): d for d in (jnp.float32, jnp.bfloat16)}[jnp.dtype(dtype)]
     except (TypeError, KeyError):
         raise ValueError(f"dtype must be float32 or bfloat16, got {shown(dtype)}") from None
-    module = module_of(card, dtype)
+
+
+def _fit(card: C, params: Params, dtype: Any) -> tuple[Any, Params, C]:
+    """The module of a card, its parameters as it holds them, and the card completed."""
+    module = module_of(card, parse_dtype(dtype))
     check_params(module, params)
     params = jax.tree.map(lambda leaf: _cast(leaf, jnp.float32), params)
     card = complete(card, module, params)
@@ -208,38 +228,36 @@ def _fit(card: C, params: Params, dtype: Any) -> tuple[Any, Params, C]:
 def _network(card: Card, params: Params, dtype: Any) -> Network:
     schedule = check_card(card)
     module, params, card = _fit(card, params, dtype)
-    denoiser = _denoiser(module, card.target, card.learned_variance)
-    has_forms = card.architecture == "unet" and module.dtype == jnp.float32
-    return Network(
-        denoiser, params, card, schedule,
-        rows=getattr(module, "rows", None),
-        multiple=getattr(module, "multiple", None),
-        precompute=_precompute(module) if has_forms else None,
-    )  # fmt: skip
+    denoiser = as_denoiser(FlaxApply(module), params, card.target, card.learned_variance)
+    rows, multiple = (getattr(module, name, None) for name in ("rows", "multiple"))
+    return Network(denoiser, card, schedule, rows, multiple)
+
+
+def outline(card: BaseCard, dtype: Any = jnp.float32) -> Network:
+    """The network of a card without parameters, for checks that need none.
+
+    Raises:
+        ValueError: If the card is not of a network that can be sampled.
+    """
+    if not isinstance(card, Card):
+        raise ValueError(f"{card.name} is not a denoiser: its architecture is {card.architecture}")
+    module = module_of(card, parse_dtype(dtype))
+    rows, multiple = (getattr(module, name, None) for name in ("rows", "multiple"))
+    return Network(None, card, check_card(card), rows, multiple)
 
 
 def _autoencoder(card: AutoencoderCard, params: Params, dtype: Any) -> Autoencoder:
     if not card.scaling_factor > 0:
         raise ValueError(f"scaling_factor must be positive, got {card.scaling_factor}")
     module, params, card = _fit(card, params, dtype)
-    coders = _coders(module, card.scaling_factor)
-    return Autoencoder(*coders, params, card, module.factor, module.latent_channels)
-
-
-@functools.cache
-def _extractor(module: nn.Module, method: str) -> Callable[[Params, jax.Array], Features]:
-    # Cached as denoisers are.
-    def extract(params: Params, pixels: jax.Array) -> Features:
-        pixels = jnp.asarray(pixels, jnp.float32)
-        return module.apply({"params": params}, pixels, method=method)  # pyright: ignore
-
-    return extract
+    coder = Coder(params, module, card.scaling_factor)
+    return Autoencoder(coder, card, module.factor, module.latent_channels)
 
 
 def _feature_network(card: FeatureCard, params: Params, dtype: Any) -> FeatureNetwork:
     check_classes(card)
     module, params, card = _fit(card, params, dtype)
-    return FeatureNetwork(_extractor(module, "__call__"), params, card, str(jnp.dtype(dtype)))
+    return FeatureNetwork(FeatureModel(params, module), card, str(jnp.dtype(dtype)))
 
 
 def fit_tokenizer(files: Mapping[str, bytes], module: Any) -> tuple[Tokenizer, str]:
@@ -258,24 +276,13 @@ def fit_tokenizer(files: Mapping[str, bytes], module: Any) -> tuple[Tokenizer, s
     return tokenizer, hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-@functools.cache
-def _encoder(module: nn.Module, method: str) -> Callable[[Params, jax.Array], jax.Array]:
-    # Cached as denoisers are.
-    def encode(params: Params, ids: jax.Array) -> jax.Array:
-        ids = jnp.asarray(ids, jnp.int32)
-        return module.apply({"params": params}, ids, method=method)  # pyright: ignore
-
-    return encode
-
-
 def _text_encoder(
     card: TextEncoderCard, params: Params, dtype: Any, files: Mapping[str, bytes] | None = None
 ) -> TextEncoder:
     module, params, card = _fit(card, params, dtype)
     tokenizer, digest = (None, "") if files is None else fit_tokenizer(files, module)
     card = dataclasses.replace(card, tokenizer_checksum=digest)
-    encode = _encoder(module, "__call__")
-    return TextEncoder(encode, params, card, module.tokens, module.width, tokenizer)
+    return TextEncoder(TextModel(params, module), card, module.tokens, module.width, tokenizer)
 
 
 def _clip(
@@ -283,14 +290,8 @@ def _clip(
 ) -> FeatureNetwork:
     module, params, card = _fit(card, params, dtype)
     tokenizer, digest = (None, "") if files is None else fit_tokenizer(files, module)
-    return FeatureNetwork(
-        _extractor(module, "images"),
-        params,
-        dataclasses.replace(card, tokenizer_checksum=digest),
-        str(jnp.dtype(dtype)),
-        _encoder(module, "texts"),
-        tokenizer,
-    )
+    card = dataclasses.replace(card, tokenizer_checksum=digest)
+    return FeatureNetwork(FeatureModel(params, module), card, str(jnp.dtype(dtype)), tokenizer)
 
 
 def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Network:
@@ -307,47 +308,6 @@ def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Networ
         ValueError: If card and parameters do not fit; lists every missing, extra and misshapen one.
     """
     return _network(card, _on_device(params), dtype)
-
-
-@functools.cache
-def _coders(module: Any, scale: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    # Cached for the same reason.
-    depth, multiple = module.image_shape[2], module.factor
-
-    def check(what: str, x: jax.Array, channels: int, multiple: int) -> None:
-        if not (
-            x.ndim == 4
-            and x.shape[3] == channels
-            and not (x.shape[1] % multiple or x.shape[2] % multiple)
-            and jnp.issubdtype(x.dtype, jnp.floating)
-        ):
-            sides = f", H and W multiples of {multiple}" if multiple > 1 else ""
-            raise ValueError(
-                f"{what} must be floats [B, H, W, {channels}]{sides}, got {x.dtype} {x.shape}"
-            )
-
-    def encode(params: Params, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        def one(images: jax.Array, *noise: jax.Array) -> jax.Array:
-            mean, std = module.apply({"params": params}, images, method="moments")
-            return scale * (mean + std * noise[0] if noise else mean)
-
-        check("images", images, depth, multiple)
-        batch, height, width = images.shape[:3]
-        expected = (batch, height // multiple, width // multiple, module.latent_channels)
-        if noise is not None and noise.shape != expected:
-            raise ValueError(f"noise must be {expected} like the latents, got {noise.shape}")
-        more = () if noise is None else (noise,)
-        return in_chunks(one, at_once(height * width), images, *more)
-
-    def decode(params: Params, latents: jax.Array) -> jax.Array:
-        def one(latents: jax.Array) -> jax.Array:
-            return module.apply({"params": params}, latents / scale, method="decode")
-
-        check("latents", latents, module.latent_channels, 1)
-        pixels = latents.shape[1] * latents.shape[2] * multiple**2
-        return in_chunks(one, at_once(pixels), latents)
-
-    return encode, decode
 
 
 def make_autoencoder(

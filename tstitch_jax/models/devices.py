@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -115,7 +114,7 @@ def shard(network: N, mesh: Mesh) -> N:
         ValueError: If the mesh has other axes.
     """
     copies = not isinstance(network, Network)
-    return dataclasses.replace(network, params=shard_params(network.params, mesh, copies=copies))
+    return network.with_params(shard_params(network.params, mesh, copies=copies))
 
 
 def mesh_of(*owners: Network | Autoencoder | None) -> Mesh | None:
@@ -126,7 +125,7 @@ def mesh_of(*owners: Network | Autoencoder | None) -> Mesh | None:
     """
     meshes: dict[Mesh | None, str] = {}
     for owner in owners:
-        for leaf in jax.tree.leaves(owner.params) if owner is not None else ():
+        for leaf in jax.tree.leaves(owner.tree) if owner is not None else ():
             traced = isinstance(leaf, Tracer)
             sharding = None if traced else getattr(leaf, "sharding", None)
             mesh: Any = sharding.mesh if isinstance(sharding, NamedSharding) else None
@@ -144,8 +143,8 @@ def rows(mesh: Mesh) -> list[Mesh]:
     return [_axes(Mesh(devices[None], mesh.axis_names)) for devices in mesh.devices]
 
 
-def part(network: N, row: Mesh) -> N:
-    """A network on a mesh, as one of its ``rows`` holds it; nothing is copied."""
+def part(tree: Any, row: Mesh) -> Any:
+    """Arrays on a mesh, as one of its ``rows`` holds them; nothing is copied."""
     here = set(row.devices.flat)
 
     def one(leaf: jax.Array) -> jax.Array:
@@ -155,7 +154,7 @@ def part(network: N, row: Mesh) -> N:
             leaf.shape, NamedSharding(row, spec), pieces
         )
 
-    return dataclasses.replace(network, params=jax.tree.map(one, network.params))
+    return jax.tree.map(one, tree)
 
 
 def over_data(mesh: Mesh, value: Any) -> Any:

@@ -1,16 +1,19 @@
-"""Networks of every kind, with their parameters and cards. Nothing here computes."""
+"""Networks of every kind: a pytree with the parameters, and a card."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tstitch_jax.core.types import Denoiser, Params, Schedule
+from tstitch_jax.core.denoisers import in_chunks
+from tstitch_jax.core.types import Params, Schedule, record, static
+from tstitch_jax.models.autoencoder import at_once
 from tstitch_jax.models.cards import AutoencoderCard, Card, FeatureCard, TextEncoderCard
 
 
@@ -44,17 +47,113 @@ class Tokenizer(NamedTuple):
     size: int
 
 
-class Precomputed(NamedTuple):
-    """A network's parameters, and what is computed of them alone (``Network.precompute``)."""
+@record
+class Coder:
+    """An autoencoder's module with its parameters."""
 
     params: Params
-    forms: Any
+    module: Any = static()
+    scale: float = static()
+
+    def _check(self, name: str, x: jax.Array, channels: int, multiple: int) -> None:
+        if not (
+            x.ndim == 4
+            and x.shape[3] == channels
+            and not (x.shape[1] % multiple or x.shape[2] % multiple)
+            and jnp.issubdtype(x.dtype, jnp.floating)
+        ):
+            sides = f", H and W multiples of {multiple}" if multiple > 1 else ""
+            raise ValueError(
+                f"{name} must be floats [B, H, W, {channels}]{sides}, got {x.dtype} {x.shape}"
+            )
+
+    def encode(self, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """Latents, float32 ``[B, H/f, W/f, D]``, of images, float32 ``[B, H, W, C]`` in [-1, 1].
+
+        With ``noise``, float32 of the latents' shape, a sample of the posterior, else its mean.
+        """
+        module = self.module
+
+        def code(images: jax.Array, *noise: jax.Array) -> jax.Array:
+            mean, std = module.apply({"params": self.params}, images, method="moments")
+            return self.scale * (mean + std * noise[0] if noise else mean)
+
+        self._check("images", images, module.image_shape[2], module.factor)
+        batch, height, width = images.shape[:3]
+        expected = (batch, height // module.factor, width // module.factor, module.latent_channels)
+        if noise is not None and noise.shape != expected:
+            raise ValueError(f"noise must be {expected} like the latents, got {noise.shape}")
+        more = () if noise is None else (noise,)
+        return in_chunks(code, at_once(height * width), images, *more)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Images, float32 ``[B, H, W, C]``, not clipped, of latents."""
+        module = self.module
+
+        def code(latents: jax.Array) -> jax.Array:
+            return module.apply({"params": self.params}, latents / self.scale, method="decode")
+
+        self._check("latents", latents, module.latent_channels, 1)
+        pixels = latents.shape[1] * latents.shape[2] * module.factor**2
+        return in_chunks(code, at_once(pixels), latents)
 
 
-class _Named:
-    """A network that shows itself by its card."""
+@record
+class TextModel:
+    """A text encoder's module with its parameters."""
+
+    params: Params
+    module: Any = static()
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Contexts, float32 ``[B, T, D]``, of tokens, int32 ``[B, T]``."""
+        return self.module.apply({"params": self.params}, jnp.asarray(ids, jnp.int32))
+
+
+@record
+class FeatureModel:
+    """A feature network's module with its parameters."""
+
+    params: Params
+    module: Any = static()
+
+    def __call__(self, pixels: jax.Array) -> Features:
+        """Features of ``[B, H, W, C]`` with values from 0 to 255, uint8 or float32."""
+        method = "images" if self.takes_texts else "__call__"
+        pixels = jnp.asarray(pixels, jnp.float32)
+        return self.module.apply({"params": self.params}, pixels, method=method)
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether it also maps texts into the space of the pooled features."""
+        return hasattr(self.module, "texts")
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Vectors, float32 ``[B, D]``, of the tokens of texts, int32 ``[B, T]``."""
+        ids = jnp.asarray(ids, jnp.int32)
+        return self.module.apply({"params": self.params}, ids, method="texts")
+
+
+class _Owner:
+    """An object that owns a pytree with parameters, and shows itself by its card."""
 
     card: Any
+    _tree: ClassVar[str]
+
+    @property
+    def tree(self) -> Any:
+        """The pytree that holds its arrays."""
+        return getattr(self, self._tree)
+
+    @property
+    def params(self) -> Params:
+        """Its parameters, a nested dict."""
+        return self.tree.params
+
+    def with_params(self, params: Params) -> Self:
+        """The same network with other parameters of the same shapes."""
+        tree = dataclasses.replace(self.tree, params=params)
+        return dataclasses.replace(self, **{self._tree: tree})  # pyright: ignore
 
     def __repr__(self) -> str:
         card, kind = self.card, type(self).__name__
@@ -62,95 +161,87 @@ class _Named:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Network(_Named):
-    """A denoiser with its parameters and its card: what ``load`` returns.
+class Network(_Owner):
+    """A denoiser with its card: what ``load`` returns.
 
     Attributes:
-        denoiser: The denoiser.
-        params: Its parameters.
-        card: What it is.
+        denoiser: The denoiser, a pytree with the parameters.
+        card: Its description.
         schedule: The forward process it was trained on.
         rows: How many rows a TPU's fast memory holds the activations of, above which ``sample``
-            lets it work in pieces; None for any number. Guidance asks for two rows an image.
+            lets it work in pieces; None for any number. Guidance needs two rows an image.
         multiple: What divides the height and width of its inputs; None where it takes those of its
             card alone.
-        precompute: ``(params, x, cond) -> forms``, by the shapes of x and cond: what a loop on a
-            CPU would compute of the parameters alone in every step. This denoiser takes it beside
-            them, as ``Precomputed``; None where there is nothing, or with another denoiser.
     """
 
-    denoiser: Denoiser
-    params: Params
+    _tree = "denoiser"
+    denoiser: Any
     card: Card
     schedule: Schedule
     rows: int | None = None
     multiple: int | None = None
-    precompute: Callable[[Params, Any, Any], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Autoencoder(_Named):
-    """The way from images to latents and back, with its parameters and its card.
+class Autoencoder(_Owner):
+    """The way from images to latents and back.
 
     Attributes:
-        encode: ``(params, images, noise) -> latents``: float32 ``[B, H, W, C]`` in [-1, 1] to
-            float32 ``[B, H/f, W/f, D]``. With ``noise``, float32 of the latents' shape, a sample
-            of the posterior, with None its mean.
-        decode: ``(params, latents) -> images``, not clipped.
-        params: Its parameters, a nested dict.
-        card: What it is.
-        factor: ``f``, how many times smaller latents are than images.
-        channels: ``D``, the latents' channels.
+        coder: Has ``encode`` and ``decode``; a pytree with the parameters.
+        card: Its description.
+        factor: How many times smaller latents are than images.
+        channels: The latents' channels.
     """
 
-    encode: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
-    decode: Callable[[Params, jax.Array], jax.Array]
-    params: Params
+    _tree = "coder"
+    coder: Coder
     card: AutoencoderCard
     factor: int
     channels: int
 
+    def encode(self, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """As ``coder.encode``."""
+        return self.coder.encode(images, noise)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """As ``coder.decode``."""
+        return self.coder.decode(latents)
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class FeatureNetwork(_Named):
-    """A network whose features images are compared in, with its parameters and its card.
+class FeatureNetwork(_Owner):
+    """A network whose features images are compared in.
 
     Attributes:
-        extract: ``(params, pixels) -> Features``; pixels are ``[B, H, W, C]`` with values from 0 to
-            255, uint8 or float32.
-        params: Its parameters, a nested dict.
-        card: What it is.
-        dtype: What it computes in, ``"float32"`` or ``"bfloat16"``.
-        embed: ``(params, ids) -> vectors`` of texts, int32 ``[B, T]`` to float32 ``[B, D]``, in the
-            space of the pooled features; None of a network that knows no texts.
-        tokenizer: What makes ``ids`` of texts; None without ``embed``.
+        model: ``model(pixels)`` are the features of images, ``model.embed(ids)`` the vectors of
+            texts if ``model.takes_texts``; a pytree with the parameters.
+        card: Its description.
+        dtype: Its compute dtype, ``"float32"`` or ``"bfloat16"``.
+        tokenizer: Makes the tokens of texts; None without texts.
     """
 
-    extract: Callable[[Params, jax.Array], Features]
-    params: Params
+    _tree = "model"
+    model: FeatureModel
     card: FeatureCard
     dtype: str = "float32"
-    embed: Callable[[Params, jax.Array], jax.Array] | None = None
     tokenizer: Tokenizer | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TextEncoder(_Named):
+class TextEncoder(_Owner):
     """The way from texts to contexts that a denoiser is conditioned on.
 
-    ``encoder.encode(encoder.params, encoder.tokenizer.encode(texts))`` is the context of texts.
-
     Attributes:
-        encode: ``(params, ids) -> context``: int32 ``[B, T]`` to float32 ``[B, T, D]``.
-        params: Its parameters, a nested dict.
-        card: What it is.
+        model: ``model(encoder.tokenizer.encode(texts))`` are the contexts of texts; a pytree with
+            the parameters.
+        card: Its description.
         tokens: T, the length of a text.
-        width: D.
-        tokenizer: What makes ``ids`` of texts; None where they come from elsewhere.
+        width: D, the width of a context.
+        tokenizer: Makes the tokens of texts; None where they come from elsewhere.
     """
 
-    encode: Callable[[Params, jax.Array], jax.Array]
-    params: Params
+    _tree = "model"
+    model: TextModel
     card: TextEncoderCard
     tokens: int
     width: int

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.core.checks import as_array, check_number, is_list, shown
+from tstitch_jax.core.checks import as_array, check_number, is_list, shown, unknown
 from tstitch_jax.models.cards import Card
 from tstitch_jax.models.types import Autoencoder, FeatureNetwork, Network, TextEncoder
 
@@ -90,7 +90,26 @@ def check_size(size: Any, networks: Sequence[Network], factor: int) -> tuple[int
     return shape
 
 
-def check_labels(labels: Any, cards: Sequence[Card]) -> tuple[np.ndarray, ...]:
+def class_names(labels: Any, cards: Sequence[Card]) -> tuple[str, ...]:
+    """The names of labels, one an image, as far as the cards have any."""
+    names = next((card.class_names for card in cards if card.class_names), ())
+    return tuple(
+        each if isinstance(each, str) else names[each] if names else str(each) for each in labels
+    )
+
+
+def _numbers(labels: Any, card: Card) -> Any:
+    """The labels with class names, in any case, replaced by their numbers."""
+    if not is_list(labels) or not any(isinstance(each, str) for each in labels):
+        return labels
+    known = {name.lower(): i for i, name in enumerate(card.class_names)}
+    for each in labels:
+        if isinstance(each, str) and each.lower() not in known:
+            raise unknown("label", each, card.class_names or [f"0 to {card.num_classes - 1}"])
+    return [known[each.lower()] if isinstance(each, str) else each for each in labels]
+
+
+def parse_labels(labels: Any, cards: Sequence[Card]) -> tuple[np.ndarray, ...]:
     """Labels for each network, from one list for all or one list for each."""
     if not is_list(labels) or not len(labels) or not is_list(labels[0]):
         for card in cards:
@@ -105,7 +124,7 @@ def check_labels(labels: Any, cards: Sequence[Card]) -> tuple[np.ndarray, ...]:
         raise ValueError(f"{len(cards)} networks need as many lists of labels, got {len(labels)}")
     checked = []
     for own, card in zip(labels, cards, strict=True):
-        array = as_array(own)
+        array = as_array(_numbers(own, card))
         if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
             raise ValueError(
                 f"labels must be a list of whole numbers, one an image, got {shown(own)}"

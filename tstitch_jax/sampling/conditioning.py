@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tstitch_jax.core.checks import is_list, shown
-from tstitch_jax.core.types import Params
+from tstitch_jax.core.types import Condition
 from tstitch_jax.models.cards import Card
 from tstitch_jax.models.types import TextEncoder
-from tstitch_jax.sampling.checks import check_labels
+from tstitch_jax.sampling.checks import parse_labels
 
-
-class Condition(NamedTuple):
-    """What one network is conditioned on; int32 ``[B]`` labels or float32 ``[B, L, D]`` contexts.
-
-    Attributes:
-        given: Of each image.
-        null: Of the unconditional half of guidance, such as the null label or the context of no
-            text; None without guidance.
-    """
-
-    given: Any
-    null: Any
-
-
-@functools.partial(jax.jit, static_argnames="encode")
-def _encode(params: Params, ids: jax.Array, *, encode: Callable[..., jax.Array]) -> jax.Array:
-    return encode(params, ids)
+_encode = jax.jit(lambda model, ids: model(ids))
 
 
 def check_texts(name: str, texts: Any) -> list[str]:
@@ -51,7 +34,7 @@ def encode_texts(encoder: TextEncoder, texts: Sequence[str]) -> jax.Array:
     """The contexts of texts, float32 ``[B, L, D]``."""
     assert encoder.tokenizer is not None
     ids = jnp.asarray(encoder.tokenizer.encode(list(texts)), jnp.int32)
-    return _encode(encoder.params, ids, encode=encoder.encode)
+    return _encode(encoder.model, ids)
 
 
 def check_encoders(text_encoder: Any, cards: Sequence[Card]) -> list[TextEncoder]:
@@ -184,7 +167,7 @@ def make_conditions(
         if labels is None:
             raise ValueError(f"{cards[classes[0]].name} is conditioned on classes; give labels")
         own = [cards[k] for k in classes]
-        for k, card, given in zip(classes, own, check_labels(labels, own), strict=True):
+        for k, card, given in zip(classes, own, parse_labels(labels, own), strict=True):
             null = np.full(given.shape, card.num_classes, np.int32) if guided[k] else None
             found[k] = Condition(given, null)
     elif labels is not None:

@@ -1,30 +1,30 @@
-"""The short way: networks and labels or texts in, images out."""
+"""High-level sampling: ``Sampler``, and ``sample`` as one call."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Float
 
-from tstitch_jax.core.checks import check_number, is_list, shown
+from tstitch_jax.core.checks import check_number, check_whole, is_list, shown
+from tstitch_jax.core.denoisers import as_pytree
 from tstitch_jax.core.grids import last_steps, make_knots, match_snr
-from tstitch_jax.core.guidance import autoguide, cfg, guidance_interval
-from tstitch_jax.core.loop import Step, draw_noise, image_keys, iterate, run
+from tstitch_jax.core.guidance import guidance_interval
+from tstitch_jax.core.loop import Step, platform_of
 from tstitch_jax.core.plan import Plan, check_fractions
-from tstitch_jax.core.prediction import at_equal_snr, by_rows, with_cond, without_variance
 from tstitch_jax.core.solvers import make_solver
-from tstitch_jax.core.stitch import if_used, stitch
-from tstitch_jax.core.types import Cond, Denoiser, Key, Knots, Params, Prediction, Solver
+from tstitch_jax.core.types import Condition, Key, Knots, Solver
+from tstitch_jax.hub import resolve
 from tstitch_jax.models import devices
-from tstitch_jax.models.types import Autoencoder, Network, Precomputed
+from tstitch_jax.models.build import outline
+from tstitch_jax.models.types import Autoencoder, Network
 from tstitch_jax.sampling.checks import (
     check_autoencoder,
     check_images,
@@ -33,480 +33,468 @@ from tstitch_jax.sampling.checks import (
     check_scales,
     check_size,
     check_start,
+    class_names,
 )
-from tstitch_jax.sampling.conditioning import Condition, make_conditions
+from tstitch_jax.sampling.conditioning import make_conditions
+from tstitch_jax.sampling.options import Guidance
+from tstitch_jax.sampling.program import Config, Inputs, SampleRequest, place
+from tstitch_jax.sampling.samples import Samples
+
+KEEP = ("trajectory", "predictions")
 
 
-class Given(NamedTuple):
-    """All data of a stitched, guided denoiser: the parameters of what ``_assemble`` makes.
+def parse_plan(plan: Any, networks: Sequence[Network], knots: Knots) -> Plan:
+    """The plan of a ``Plan``, of an object that has one (a ``Calibration``), or of fractions.
 
-    Attributes:
-        params: Of each network.
-        plan: Which one takes each step.
-        scales: Of each network's guidance, a scalar or float32 ``[N]``; None for no guidance.
-        auto_scale: Of autoguidance by the first network, a scalar or float32 ``[N]``; or None.
-        seen: The grid at equal signal-to-noise ratio of each network that was trained on another
-            schedule than the trajectory's; else None.
+    Raises:
+        ValueError: If it does not fit the networks or the steps.
     """
-
-    params: tuple[Params, ...]
-    plan: Plan
-    scales: tuple[Any, ...]
-    auto_scale: Any
-    seen: tuple[Knots | None, ...]
-
-
-@functools.cache
-def _assemble(
-    denoisers: tuple[Denoiser, ...],
-    channels: tuple[int | None, ...],
-    rescale: float,
-) -> Denoiser:
-    """One denoiser, a function of ``Given``, with a ``Condition`` for each network."""
-
-    def given_of(k: int) -> Callable[[Cond], Cond]:
-        return lambda cond: cond[k].given
-
-    def denoiser(given: Given, x: jax.Array, knot: Knots, cond: Cond, /) -> Prediction:
-        plain = [
-            each if seen is None else at_equal_snr(each, seen)
-            for each, seen in zip(denoisers, given.seen, strict=True)
-        ]
-        weak = with_cond(plain[0], given_of(0))
-        stages, params = [], []
-        for k, (stage, own) in enumerate(zip(plain, given.params, strict=True)):
-            if given.scales[k] is not None:
-                stage = cfg(stage, given.scales[k], cond[k].null, channels[k], rescale)
-            stage = with_cond(stage, given_of(k))
-            if k and given.auto_scale is not None:
-                stage = autoguide(stage, weak, given.auto_scale, channels[k])
-                own = own, given.params[0]
-            stages.append(stage)
-            params.append(own)
-        return stitch(stages, given.plan)(params, x, knot, cond)
-
-    return denoiser
+    count = len(networks)
+    if isinstance(getattr(plan, "plan", None), Plan):
+        plan = plan.plan
+    if isinstance(plan, Plan):
+        plan = Plan.from_list(plan.networks, plan.num_networks)
+    elif plan is None or is_list(plan):
+        fractions = check_fractions([1.0] if plan is None else plan, count)
+        plan = Plan.from_fractions(fractions, knots, networks[-1].schedule)
+    else:
+        raise ValueError(f"plan must be a ts.Plan or fractions, got {shown(plan)}")
+    if plan.num_networks != count:
+        raise ValueError(f"the plan is for {plan.num_networks} networks, got {count}")
+    if plan.steps != knots.steps:
+        raise ValueError(f"the plan has {plan.steps} steps, the sampler {knots.steps}")
+    return plan
 
 
-class Inputs(NamedTuple):
-    """The compiled function's traced arguments.
+def parse_guidance(guidance: Any, networks: Sequence[Network], steps: int) -> Guidance:
+    """Guidance with one scale per network, each None, a float or float32 ``[N]``.
+
+    Raises:
+        ValueError: If an entry has another type or does not fit the networks.
+    """
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(scale=guidance)
+    scales = check_scales(guidance.scale, len(networks), steps)
+    unguided = all(scale is None for scale in scales)
+    channels, weak_scale = guidance.channels, guidance.weak_scale
+    if channels is not None:
+        most = networks[-1].card.image_shape[2]
+        if not isinstance(channels, int | np.integer) or not 0 < channels <= most:
+            raise ValueError(
+                f"cfg_channels must be 1 to {most}, the channels of an image or latent, "
+                f"got {shown(channels)}"
+            )
+        channels = int(channels)
+    rescale = check_number("cfg_rescale", guidance.rescale, low=0, high=1)
+    if rescale and unguided:
+        raise ValueError("cfg_rescale rescales guidance, but cfg_scale None guides nowhere")
+    if weak_scale is not None:
+        weak_scale = check_number("auto_scale", weak_scale)
+        if len(networks) < 2:
+            raise ValueError(
+                "auto_scale lets the first network guide the later ones, but there is only one"
+            )
+    interval = guidance.interval
+    if interval is not None:
+        if unguided and weak_scale is None:
+            raise ValueError("cfg_interval says where to guide, but cfg_scale None guides nowhere")
+        for name, scale in (("cfg_scale", scales), ("auto_scale", [weak_scale])):
+            if any(isinstance(each, np.ndarray) for each in scale):
+                raise ValueError(f"give {name} per step or cfg_interval, not both")
+        try:
+            low, high = (float(bound) for bound in interval if is_list(interval))
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"cfg_interval must be two noise levels, low and high, got {shown(interval)}"
+            ) from None
+        interval = low, high
+    return Guidance(scales, interval, channels, rescale, weak_scale)
+
+
+class Sampler:
+    """Samples images from one network, or from several stitched along the trajectory.
+
+    Construction checks all options; weights load at the first call. One executable serves every
+    plan, key, label, text, scale, interval and noise of one batch size and number of steps
+    (guidance by one scale, by scales per step or by none is one each), for all samplers of networks
+    with equal configurations. Image i depends on the key and i alone.
+
+    The trajectory runs in the forward process of the last network. A network that was trained on
+    another one is evaluated at equal signal-to-noise ratio and at its own time.
 
     Attributes:
-        key: The key of all images.
-        given: The denoiser's parameters.
+        plan: Which network takes each step; None for several networks that were given none, which
+            only ``calibrate`` takes.
         knots: The sampling grid.
-        indices: int32 ``[B]``, the number of each image, by which its noise is drawn.
-        conditions: What each network is conditioned on.
-        eta, noise, start: As ``sample`` takes them, or None.
-        coder_params: The autoencoder's parameters, or None.
+        solver: The numerical method.
+        guidance: The guidance, with one scale per network.
     """
 
-    key: Key
-    given: Given
-    knots: Knots
-    indices: Any
-    conditions: tuple[Condition, ...]
-    eta: Any
-    noise: Any
-    start: Any
-    coder_params: Any
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "encoder"))
-def begin(inputs, *, shape, encoder):
-    """The keys of the images, and the state at the first point."""
-    keys, noise, start = image_keys(inputs.key, inputs.indices), inputs.noise, inputs.start
-    if noise is None:
-        noise = draw_noise(keys, 0, shape)
-    if start is None:
-        return keys, noise
-    if encoder is not None:
-        start = encoder(inputs.coder_params, start)
-    alpha, sigma = (jnp.asarray(v)[0] for v in (inputs.knots.alpha, inputs.knots.sigma))
-    return keys, alpha * start + sigma * noise
-
-
-@functools.partial(jax.jit, static_argnames=("decoder", "finish"))
-def _finish(x, coder_params, *, decoder, finish):
-    """Images out of the last state."""
-    if decoder is not None:
-        x = decoder(coder_params, x)
-    return x if finish is None else finish(x)
-
-
-def to_images(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Clipped to [-1, 1]."""
-    return jnp.clip(x, -1, 1)
-
-
-def to_pixels(x: Float[Array, "b h w c"]) -> tuple[UInt8[Array, "b h w c"], Bool[Array, " b"]]:
-    """Images in [-1, 1] as pixels, rounded, so that little has to leave the device.
-
-    And of each image whether it is finite, which pixels cannot say.
-    """
-    pixels = jnp.round((to_images(x) + 1) * 127.5).astype(jnp.uint8)
-    return pixels, jnp.isfinite(x).all(axis=(1, 2, 3))
-
-
-def draw(inputs, *, mesh, **static):
-    """Keys, labels and parameters to images. On a mesh each device does its own images alone."""
-    if mesh is None:
-        return _draw_here(inputs, **static)
-    own, everything = devices.OWN, devices.ALL
-    specs: Any = [everything] * len(inputs)
-    specs = Inputs(*specs)._replace(
-        **dict.fromkeys(("indices", "conditions", "noise", "start"), own)
-    )
-    kept = sum(static[name] for name in ("return_trajectory", "return_predictions"))
-    out = (own, *[devices.OWN_IN_STEPS] * kept) if kept else own
-    function = functools.partial(_draw_here, **static)
-    return devices.each_device(function, mesh, (specs,), out)(inputs)
-
-
-@functools.partial(jax.jit, static_argnames=("precompute", "shape"))
-def _precomputed(given, conditions, *, precompute, shape):
-    """The denoiser's parameters, with what every step would compute of them alone."""
-
-    def own(k: int) -> Params:
-        params, function = given.params[k], precompute[k]
-        if function is None:
-            return params
-        cond = conditions[k].given
-        rows = len(cond) * (1 if given.scales[k] is None else 2)
-        shapes = [
-            jax.ShapeDtypeStruct((rows, *of), dtype)
-            for of, dtype in ((shape, jnp.float32), (cond.shape[1:], cond.dtype))
-        ]
-
-        def make(params: Params) -> Any:
-            return function(params, *shapes)
-
-        if not jax.tree.leaves(jax.eval_shape(make, params)):
-            return params
-        if k == 0 and given.auto_scale is not None:  # which guides the others' steps
-            return Precomputed(params, make(params))
-        return Precomputed(params, if_used(given.plan, k, make, params))
-
-    return given._replace(params=tuple(map(own, range(len(precompute)))))
-
-
-def _draw_here(
-    inputs, *, denoiser, solver, precompute, shape, encoder, decoder, finish, return_trajectory,
-    return_predictions,
-):  # fmt: skip
-    keys, x = begin(inputs, shape=shape, encoder=encoder)
-    result = run(
-        denoiser,
-        _solver(solver, inputs.eta),
-        inputs.knots,
-        x,
-        params=_precomputed(inputs.given, inputs.conditions, precompute=precompute, shape=shape),
-        cond=inputs.conditions,
-        keys=keys,
-        return_trajectory=return_trajectory,
-        return_predictions=return_predictions,
-    )
-    x, *kept = result if isinstance(result, tuple) else (result,)
-    x = _finish(x, inputs.coder_params, decoder=decoder, finish=finish)
-    return (x, *kept) if kept else x
-
-
-_sample = jax.jit(
-    draw,
-    static_argnames=(
-        "denoiser", "solver", "precompute", "shape", "encoder", "decoder", "finish", "mesh",
-        "return_trajectory", "return_predictions",
-    ),
-)  # fmt: skip
-
-
-def _solver(solver: str | Solver, eta: Any) -> Solver:
-    return solver if isinstance(solver, Solver) else make_solver(solver, eta=eta)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """A checked request: the one compiled function's traced and static arguments.
-
-    Requests that differ in key, labels, texts, plan, scales, guidance interval, eta, noise or start
-    share an executable.
-
-    Attributes:
-        inputs: The traced ones; on a mesh, of as many images as its devices divide.
-        static: The others.
-        batch: How many images were asked for.
-    """
-
-    inputs: Inputs
-    static: dict[str, Any]
-    batch: int
-
-    @property
-    def plan(self) -> Plan:
-        """The resolved plan."""
-        return self.inputs.given.plan
-
-    def run(self, callback: Callable[[Step], object] | None = None) -> Any:
-        """Samples, compiling where nothing alike has run before.
-
-        With a callback the same steps are taken one by one from the host, and it sees each.
+    def __init__(
+        self,
+        networks: Any,
+        *,
+        plan: Any = None,
+        steps: Any = 50,
+        spacing: str = "respaced",
+        solver: str | Solver = "ddim",
+        guidance: Any = 1.5,
+        autoencoder: Any = None,
+        text_encoder: Any = None,
+        dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+    ) -> None:
         """
-        inputs, static = self.inputs, self.static
+        Args:
+            networks: From the one that takes the first, noisy steps to the one that takes the last:
+                names, paths, or what ``ts.load`` returns. A single one need not be a list.
+            plan: A ``Plan``, what ``calibrate`` returns, or each network's fraction of the
+                trajectory, summing to 1 (``Plan.from_fractions``). A single network needs none.
+            steps: Number of steps N, a spec such as ``"ddim50"``, or the falling list of times
+                themselves (see ``make_knots``).
+            spacing: How N steps are spread over the times, a name of ``SPACINGS``.
+            solver: A name of ``SOLVERS``, or a solver such as ``ts.dpmpp(order=3)``.
+            guidance: A scale of classifier-free guidance, None for none, a list with an entry per
+                network, or a ``Guidance``.
+            autoencoder: Decodes latents: a name, a path or an ``Autoencoder``; the one that the
+                last network's card names unless given.
+            text_encoder: Encodes texts: a name, a path, a ``TextEncoder``, or a list with one for
+                each network that takes texts; the ones that the cards name unless given.
+            dtype: Compute dtype of what is loaded here, float32 or bfloat16.
+            mesh: A mesh of devices to load onto, from ``make_mesh``; each device samples its part
+                of the images.
 
-        def wanted(x: jax.Array) -> jax.Array:
-            """Without what fills a mesh."""
-            return x if len(x) == self.batch else x[: self.batch]
-
-        if callback is None:
-            result = _sample(inputs, **static)
-            if isinstance(result, tuple):
-                return wanted(result[0]), *(jax.vmap(wanted)(kept) for kept in result[1:])
-            return wanted(result)
-        inputs = self.precomputed().inputs
-        chosen = {name: static[name] for name in ("shape", "encoder")}
-        keys, x = begin(inputs, **chosen)
-        solver = _solver(static["solver"], None if inputs.eta is None else float(inputs.eta))
-        steps = iterate(
-            static["denoiser"], solver, inputs.knots, x,
-            params=inputs.given, cond=inputs.conditions, keys=keys,
+        Raises:
+            ValueError: If an option is invalid or the networks do not fit together.
+        """
+        if isinstance(networks, str | Network) or not isinstance(networks, Sequence):
+            networks = [networks]
+        self._options = dict(
+            plan=plan, steps=steps, spacing=spacing, solver=solver, guidance=guidance,
+            autoencoder=autoencoder, text_encoder=text_encoder, dtype=dtype, mesh=mesh,
         )  # fmt: skip
-        kept = []
-        for step in steps:
-            x = step.x
-            step = Step(step.index, wanted(step.x), wanted(step.x0))
-            callback(step)
-            asked = ((step.x, "return_trajectory"), (step.x0, "return_predictions"))
-            kept.append([value for value, name in asked if static[name]])
-        chosen = {name: static[name] for name in ("decoder", "finish")}
-        x = wanted(_finish(x, inputs.coder_params, **chosen))
-        return (x, *map(jnp.stack, zip(*kept, strict=True))) if kept[0] else x
+        self._given = list(networks)
+        self._loaded: dict[Any, Any] = {}
+        self._networks = [self._outline(each) for each in self._given]
+        check_networks(self._networks)
+        last = self._networks[-1]
+        self.knots = make_knots(last.schedule, steps, spacing)
+        self.solver = solver if isinstance(solver, Solver) else make_solver(solver)
+        self.plan = None
+        if plan is not None or len(self._networks) == 1:
+            self.plan = parse_plan(plan, self._networks, self.knots)
+        if self.plan is not None and self.solver.needs_consistency:
+            for network, count in zip(self._networks, self.plan.counts(), strict=True):
+                if count and not network.card.consistency:
+                    raise ValueError(
+                        f"the solver {self.solver.name!r} needs consistency networks, and the card "
+                        f"of {network.card.name} does not say that it is one (consistency)"
+                    )
+        self.guidance = parse_guidance(guidance, self._networks, self.knots.steps)
 
-    def precomputed(self) -> Sampling:
-        """The same, with what is computed before the loop in the inputs."""
-        inputs, precompute = self.inputs, self.static["precompute"]
-        if not any(precompute):
-            return self
-        given = _precomputed(
-            inputs.given, inputs.conditions, precompute=precompute, shape=self.static["shape"]
-        )
-        static = self.static | {"precompute": (None,) * len(precompute)}
-        return dataclasses.replace(self, inputs=inputs._replace(given=given), static=static)
+    def _load(self, source: Any) -> Any:
+        """What a name or path stands for, loaded once; other objects as they are."""
+        if not isinstance(source, str) and not hasattr(source, "__fspath__"):
+            return source
+        if str(source) not in self._loaded:
+            options = self._options
+            self._loaded[str(source)] = resolve.load(source, options["dtype"], mesh=options["mesh"])
+        return self._loaded[str(source)]
 
-    def compile(self) -> Callable[..., Any]:
-        """The executable, to be called with the ``inputs`` of this or a like request."""
-        return self.lower().compile()
+    def _outline(self, source: Any) -> Any:
+        """The network of a name without its weights where its card is here, else loaded."""
+        if not isinstance(source, str) and not hasattr(source, "__fspath__"):
+            return source
+        card = resolve.local_card(source)
+        return self._load(source) if card is None else outline(card, self._options["dtype"])
 
-    def lower(self) -> jax.stages.Lowered:
-        """The traced program; the networks' parameters may be shapes."""
-        return _sample.lower(self.inputs, **self.static)
+    @functools.cached_property
+    def networks(self) -> list[Network]:
+        """The networks with their weights, which load at the first use."""
+        return [self._load(each) for each in self._given]
 
     @property
-    def function(self) -> Callable[[Inputs], Any]:
-        """The pure function of ``inputs`` that is compiled."""
-        return functools.partial(draw, **self.static)
+    def names(self) -> list[str]:
+        """The networks' names."""
+        return [network.card.name for network in self._networks]
+
+    def replace(self, **changes: Any) -> Sampler:
+        """A sampler with other options, which shares all that is loaded.
+
+        Args:
+            changes: Arguments of ``Sampler``; ``dtype`` and ``mesh`` load anew.
+        """
+        networks = changes.pop("networks", self._given)
+        new = Sampler(networks, **(self._options | changes))
+        if not {"dtype", "mesh"} & changes.keys():
+            new._loaded |= self._loaded
+        return new
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """The one given or named by the last network's card; loads at the first use."""
+        source = self._options["autoencoder"]
+        name = self._networks[-1].card.autoencoder
+        if source is None and name:
+            try:
+                return self._load(name)
+            except (ValueError, OSError) as error:
+                raise ValueError(
+                    f"{self.names[-1]} makes latents, and its card names the autoencoder {name}; "
+                    f"give another one, or fix this: {error}"
+                ) from None
+        return self._load(source)
+
+    def text_encoders(self) -> Any:
+        """The text encoders, one for all networks that take texts or a list with one for each."""
+        source = self._options["text_encoder"]
+        if is_list(source):
+            return [self._load(each) for each in source]
+        if source is not None:
+            return self._load(source)
+        cards = [network.card for network in self._networks if network.card.context is not None]
+        for card in cards:
+            if not card.text_encoder:
+                raise ValueError(
+                    f"the card of {card.name} names no text encoder; give text_encoder"
+                )
+        return [self._load(card.text_encoder) for card in cards]
+
+    def condition(
+        self, *, labels: Any = None, prompts: Any = None, cond: Any = None, negative: Any = None
+    ) -> Condition:
+        """The conditioning of a call: its halves are tuples with an entry for each network.
+
+        Takes the arguments of a call of the same names, or its own result as ``cond``.
+        """
+        if isinstance(cond, Condition):
+            return cond
+        conditions = make_conditions(
+            [network.card for network in self._networks],
+            [scale is not None for scale in self.guidance.scale],
+            labels=labels,
+            context=cond,
+            prompts=prompts,
+            negative=negative,
+            text_encoder=self.text_encoders() if prompts is not None else None,
+        )
+        return Condition(
+            tuple(each.given for each in conditions), tuple(each.null for each in conditions)
+        )
+
+    def request(
+        self,
+        key: Key,
+        *,
+        labels: Any = None,
+        prompts: Any = None,
+        cond: Any = None,
+        negative: Any = None,
+        size: Any = None,
+        noise: Any = None,
+        start: Any = None,
+        strength: float | None = None,
+        indices: Any = None,
+        decode: bool = True,
+        keep: Sequence[str] = (),
+    ) -> SampleRequest:
+        """The checked request of a call, not yet run; takes its arguments and raises its errors."""
+        check_key(key)
+        guidance, knots, plan = self.guidance, self.knots, self.plan
+        if plan is None:
+            raise ValueError(f"give fractions or a plan for the {len(self._networks)} networks")
+        if wrong := [name for name in keep if name not in KEEP]:
+            raise ValueError(f"keep must be some of {', '.join(KEEP)}, got {shown(wrong[0])}")
+        coder = self.autoencoder if decode else None
+        if decode:
+            check_autoencoder(self._networks[-1], coder)
+        shape = check_size(size, self._networks, 1 if coder is None else coder.factor)
+        condition = self.condition(labels=labels, prompts=prompts, cond=cond, negative=negative)
+        batch = len(condition.given[0])
+        if noise is not None:
+            noise = check_images("noise", noise, (batch, *shape), "one an image")
+        if indices is None:
+            indices = range(batch)
+        if (not is_list(indices) and not isinstance(indices, range)) or len(indices) != batch:
+            raise ValueError(
+                f"indices must be a list of whole numbers, one for each of the {batch} images, "
+                f"got {shown(indices)}"
+            )
+        indices = np.array(
+            [check_whole("an index", each, 0, 2**31 - 1) for each in indices], np.int32
+        )
+        start, left = check_start(start, strength, knots.steps, (batch, *shape), coder)
+        scales = list(guidance.scale)
+        if left < knots.steps:
+            knots, plan = last_steps(knots, left), plan.last_steps(left)
+            scales = [each[-left:] if isinstance(each, np.ndarray) else each for each in scales]
+
+        def over_steps(scale: Any) -> Any:
+            if scale is None:
+                return None
+            if guidance.interval is None:
+                return np.asarray(scale, np.float32)
+            return guidance_interval(scale, knots, *guidance.interval)
+
+        networks = self.networks
+        mesh = devices.mesh_of(*networks, coder)
+        denoisers = tuple(as_pytree(network.denoiser) for network in networks)
+        spread = functools.partial(place, mesh, tree=denoisers)
+        cards = [network.card for network in networks]
+        schedule = networks[-1].schedule
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(denoisers))
+        return SampleRequest(
+            Inputs(
+                key=key,
+                denoisers=denoisers,
+                plan=plan,
+                scales=tuple(map(over_steps, scales)),
+                rescale=np.float32(guidance.rescale) if guidance.rescale else None,
+                weak_scale=over_steps(guidance.weak_scale),
+                grids=tuple(
+                    None if network.schedule == schedule else match_snr(knots, network.schedule)
+                    for network in networks
+                ),
+                knots=knots,
+                solver=self.solver,
+                indices=spread(indices),
+                cond=spread(condition),
+                noise=spread(noise),
+                start=spread(start),
+                coder=None if coder is None else coder.coder,
+            ),
+            Config(
+                shape=shape,
+                channels=tuple(guidance.channels or card.guidance_channels for card in cards),
+                rows=tuple(network.rows for network in networks),
+                drop_variance=len({card.learned_variance for card in cards}) > 1,
+                output="images" if decode else "state",
+                mesh=mesh,
+                platform=None if traced else platform_of(denoisers),
+                keep=tuple(name for name in KEEP if name in keep),
+            ),
+            batch,
+        )
+
+    def __call__(
+        self,
+        key: Key,
+        *,
+        labels: Any = None,
+        prompts: Any = None,
+        cond: Any = None,
+        negative: Any = None,
+        size: Any = None,
+        noise: Float[Array | np.ndarray, "b h w c"] | None = None,
+        start: Float[Array | np.ndarray, "b h2 w2 c2"] | None = None,
+        strength: float | None = None,
+        indices: Any = None,
+        callback: Callable[[Step], object] | None = None,
+        decode: bool = True,
+        keep: Sequence[str] = (),
+    ) -> Samples:
+        """Samples a batch of images.
+
+        Args:
+            key: A JAX PRNG key.
+            labels: B class labels, numbers or class names, for networks that have classes; or a
+                list of such lists, one for each of these, where their classes differ.
+            prompts: B texts, for networks that take texts.
+            cond: The context of these instead, float32 ``[B, L, D]``; or a list of such arrays, one
+                for each of these networks, where they differ.
+            negative: What guidance leads away from: beside prompts a text, or B (the empty text
+                unless given); beside ``cond`` another context, for one image or B.
+            size: Height and width of what is returned, for networks that take other sizes than
+                those of their cards.
+            noise: x_T, float32 ``[B, H, W, C]``, instead of noise drawn from the key.
+            start: Images to start from, float32 ``[B, H, W, C]`` in [-1, 1] (latents with
+                ``decode=False``): they are brought to the noise level at which the last
+                ``strength`` of the steps begins.
+            strength: Share of the steps that ``start`` goes through, above 0, at most 1.
+            indices: The global numbers of the images, 0 to B-1 unless given: image 7 alone is image
+                7 of a batch.
+            callback: Receives a ``Step`` (index, x, x0) after each step, which is then taken from
+                the host: for previews and progress bars. Results are equal up to rounding.
+            decode: Whether to decode and clip to images; else the latents are returned.
+            keep: ``"trajectory"``, ``"predictions"``, or both.
+
+        Raises:
+            ValueError: If an argument is invalid, before anything is compiled.
+        """
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback must be a function of a step, got {shown(callback)}")
+        request = self.request(
+            key, labels=labels, prompts=prompts, cond=cond, negative=negative, size=size,
+            noise=noise, start=start, strength=strength, indices=indices, decode=decode, keep=keep,
+        )  # fmt: skip
+        output, *kept = request.run(callback)
+        values = dict(zip(request.config.keep, kept, strict=True))
+        return Samples(
+            images=output if decode else None,
+            latents=None if decode else output,
+            trajectory=values.get("trajectory"),
+            predictions=values.get("predictions"),
+            names=self._names_of(request.batch, labels, prompts),
+            settings=self.settings(),
+        )
+
+    def _names_of(self, batch: int, labels: Any, prompts: Any) -> tuple[str, ...]:
+        if prompts is not None:
+            return tuple(prompts)
+        if not is_list(labels) or len(labels) != batch or is_list(labels[0]):
+            return tuple(map(str, range(batch)))
+        return class_names(labels, [network.card for network in self._networks])
+
+    def settings(self) -> dict[str, Any]:
+        """The options as JSON holds them."""
+        guidance = self.guidance
+        return {
+            "networks": self.names,
+            "plan": self.plan and self.plan.describe(self.names, most=8),
+            "steps": self.knots.steps,
+            "times": np.asarray(self.knots.time, np.float64).tolist(),
+            "solver": self.solver.name,
+            "guidance": [
+                each.tolist() if isinstance(each, np.ndarray) else each for each in guidance.scale
+            ],
+            "interval": guidance.interval,
+            "rescale": guidance.rescale,
+            "weak_scale": guidance.weak_scale,
+        }
+
+    def __repr__(self) -> str:
+        plan = " + ".join(self.names)
+        if self.plan is not None:
+            plan = self.plan.describe(self.names, most=4)
+        return f"Sampler({plan}; {self.solver.name}, {self.knots.steps} steps)"
 
 
-def _place(mesh: Mesh | None, value: Any, params: Params) -> Any:
-    """What is given by image, on the mesh of the parameters."""
-    if mesh is None or value is None:
-        return value
-    value = devices.fill(mesh, np.asarray(value))
-    # Of networks that are shapes a program is compiled for devices that need not be here.
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        value = jax.ShapeDtypeStruct(value.shape, value.dtype)
-    return devices.over_data(mesh, value)
-
-
-def _on_cpu(params: Params) -> bool:
-    return all(
-        isinstance(leaf, jax.Array)
-        and not isinstance(leaf, Tracer)
-        and all(device.platform == "cpu" for device in leaf.devices())
-        for leaf in jax.tree.leaves(params)
-    )
-
-
-def prepare(
-    key: Key,
-    networks: Sequence[Network],
+def make_sampler(
+    networks: Any,
     *,
-    labels: Any = None,
-    context: Any = None,
-    prompts: Any = None,
-    negative: Any = None,
-    text_encoder: Any = None,
-    size: Any = None,
-    fractions: Sequence[float] | np.ndarray | None = None,
+    fractions: Any = None,
     plan: Plan | None = None,
-    steps: int | str | Sequence[float | int] | np.ndarray = 50,
-    spacing: str = "respaced",
     solver: str | Solver = "ddim",
     eta: float | None = None,
     cfg_scale: Any = 1.5,
     cfg_channels: int | None = None,
     cfg_rescale: float = 0.0,
-    cfg_interval: Sequence[float | int] | None = None,
+    cfg_interval: Any = None,
     auto_scale: float | None = None,
-    noise: Float[Array | np.ndarray, "b h w c"] | None = None,
-    start: Float[Array | np.ndarray, "b h2 w2 c2"] | None = None,
-    strength: float | None = None,
-    autoencoder: Autoencoder | None = None,
-    decode: bool = True,
-    return_trajectory: bool = False,
-    return_predictions: bool = False,
-) -> Sampling:
-    """Checks all that ``sample`` takes, before the sampler is compiled; raises as it does."""
-    check_networks(networks)
-    check_key(key)
-    cards = [network.card for network in networks]
-    card, schedule = cards[-1], networks[-1].schedule
-    knots = make_knots(schedule, steps, spacing)
-
-    eta = None if eta is None else check_number("eta", eta)
-    if not isinstance(solver, Solver):
-        method = make_solver(solver, eta=eta)  # raises if the two do not go together
-    elif eta is not None:
-        raise ValueError(f"eta goes with a solver's name; give it to {solver.name} itself")
-    else:
-        method = solver
-    if not eta:
-        # Without noise DDIM is another program; a solver by name and as itself is the same one.
-        solver, eta = method, None
-
+    **options: Any,
+) -> Sampler:
+    """The sampler of ``sample``'s options."""
     if fractions is not None and plan is not None:
         raise ValueError("give fractions or a plan, not both")
-    if plan is None:
-        if fractions is None:
-            if len(networks) > 1:
-                raise ValueError(f"give fractions or a plan for the {len(networks)} networks")
-            fractions = [1.0]
-        fractions = check_fractions(fractions, len(networks))
-        plan = Plan.from_fractions(fractions, knots, schedule)
-    if not isinstance(plan, Plan):
+    if plan is not None and not isinstance(plan, Plan):
         raise ValueError(f"plan must be a ts.Plan, got {shown(plan)}; see Plan.from_list")
-    plan = Plan.from_list(plan.networks, plan.num_networks)
-    if plan.num_networks != len(networks):
-        raise ValueError(f"the plan is for {plan.num_networks} networks, got {len(networks)}")
-    if plan.steps != knots.steps:
-        raise ValueError(f"the plan has {plan.steps} steps, the sampler {knots.steps}")
-    if method.needs_consistency:
-        for used in (cards[k] for k, count in enumerate(plan.counts()) if count):
-            if not used.consistency:
-                raise ValueError(
-                    f"the solver {method.name!r} needs consistency networks, and the card of "
-                    f"{used.name} does not say that it is one (consistency)"
-                )
-
-    scales = check_scales(cfg_scale, len(networks), knots.steps)
-    coder = autoencoder if decode else None
-    if decode:
-        check_autoencoder(networks[-1], autoencoder)
-    image_shape = check_size(size, networks, 1 if coder is None else coder.factor)
-    allowed = range(1, card.image_shape[2] + 1)
-    if cfg_channels is not None:
-        if not isinstance(cfg_channels, int | np.integer) or cfg_channels not in allowed:
-            raise ValueError(
-                f"cfg_channels must be 1 to {len(allowed)}, the channels of an image or latent, "
-                f"got {shown(cfg_channels)}"
-            )
-        cfg_channels = int(cfg_channels)
-    cfg_rescale = check_number("cfg_rescale", cfg_rescale, low=0, high=1)
-    if cfg_rescale and all(scale is None for scale in scales):
-        raise ValueError("cfg_rescale rescales guidance, but cfg_scale None guides nowhere")
-    if auto_scale is not None:
-        auto_scale = check_number("auto_scale", auto_scale)
-        if len(networks) < 2:
-            raise ValueError(
-                "auto_scale lets the first network guide the later ones, but there is only one"
-            )
-
-    conditions = make_conditions(
-        cards, [scale is not None for scale in scales], labels=labels, context=context,
-        prompts=prompts, negative=negative, text_encoder=text_encoder,
-    )  # fmt: skip
-    shape = (len(conditions[0].given), *image_shape)
-    if noise is not None:
-        noise = check_images("noise", noise, shape, "one an image")
-    mesh = devices.mesh_of(*networks, coder)
-    start, left = check_start(start, strength, knots.steps, shape, coder)
-    if left < knots.steps:
-        knots, plan = last_steps(knots, left), plan.last_steps(left)
-        scales = [s[-left:] if isinstance(s, np.ndarray) else s for s in scales]
-
-    def over_steps(name: str, scale: Any) -> Any:
-        if scale is None:
-            return None
-        if cfg_interval is None:
-            return np.float32(scale)
-        if isinstance(scale, np.ndarray):
-            raise ValueError(f"give {name} per step or cfg_interval, not both")
-        try:
-            low, high = (float(bound) for bound in cfg_interval if is_list(cfg_interval))
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(
-                f"cfg_interval must be two noise levels, low and high, got {shown(cfg_interval)}"
-            ) from None
-        return guidance_interval(scale, knots, low, high)
-
-    if cfg_interval is not None and auto_scale is None and all(s is None for s in scales):
-        raise ValueError("cfg_interval says where to guide, but cfg_scale None guides nowhere")
-    denoisers = [_by_rows(n.denoiser, n.rows) if n.rows else n.denoiser for n in networks]
-    if len({each.learned_variance for each in cards}) > 1:
-        denoisers = [_plain(denoiser) for denoiser in denoisers]
-    params = tuple(network.params for network in networks)
-    place = functools.partial(_place, mesh, params=params)
-    return Sampling(
-        inputs=Inputs(
-            key,
-            Given(
-                params=params,
-                plan=plan,
-                scales=tuple(over_steps("cfg_scale", scale) for scale in scales),
-                auto_scale=over_steps("auto_scale", auto_scale),
-                seen=tuple(
-                    None if network.schedule == schedule else match_snr(knots, network.schedule)
-                    for network in networks
-                ),
-            ),
-            knots,
-            place(np.arange(shape[0], dtype=np.int32)),
-            tuple(Condition(*map(place, own)) for own in conditions),
-            None if eta is None else np.float32(eta),
-            place(noise),
-            place(start),
-            None if coder is None else coder.params,
-        ),
-        static=dict(
-            denoiser=_assemble(
-                tuple(denoisers),
-                tuple(cfg_channels or each.guidance_channels for each in cards),
-                cfg_rescale,
-            ),
-            solver=solver,
-            precompute=tuple(
-                network.precompute if network.precompute and _on_cpu(network.params) else None
-                for network in networks
-            ),
-            shape=image_shape,
-            encoder=None if coder is None or start is None else _encode_mean(coder.encode),
-            decoder=None if coder is None else coder.decode,
-            finish=to_images if decode else None,
-            mesh=mesh,
-            return_trajectory=return_trajectory,
-            return_predictions=return_predictions,
-        ),
-        batch=shape[0],
-    )
-
-
-# One function per denoiser and encoder, so that jit knows it again.
-_plain = functools.cache(without_variance)
-_by_rows = functools.cache(by_rows)
-
-
-@functools.cache
-def _encode_mean(encode: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    return lambda params, images: encode(params, images, None)
+    if not isinstance(solver, Solver):
+        solver = make_solver(solver, eta=None if eta is None else check_number("eta", eta))
+    elif eta is not None:
+        raise ValueError(f"eta goes with a solver's name; give it to {solver.name} itself")
+    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, cfg_rescale, auto_scale)
+    chosen = fractions if plan is None else plan
+    return Sampler(networks, plan=chosen, solver=solver, guidance=guidance, **options)
 
 
 def sample(
@@ -610,13 +598,18 @@ def sample(
         ValueError: If any argument is not as said, or the networks do not fit together; before
             anything is compiled.
     """
-    if callback is not None and not callable(callback):
-        raise ValueError(f"callback must be a function of a step, got {shown(callback)}")
-    return prepare(
-        key, networks, labels=labels, context=context, prompts=prompts, negative=negative,
-        text_encoder=text_encoder, size=size, fractions=fractions, plan=plan, steps=steps,
-        spacing=spacing, solver=solver, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels,
-        cfg_rescale=cfg_rescale, cfg_interval=cfg_interval, auto_scale=auto_scale, noise=noise,
-        start=start, strength=strength, autoencoder=autoencoder, decode=decode,
-        return_trajectory=return_trajectory, return_predictions=return_predictions,
-    ).run(callback)  # fmt: skip
+    sampler = make_sampler(
+        networks, fractions=fractions, plan=plan, steps=steps, spacing=spacing, solver=solver,
+        eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_rescale=cfg_rescale,
+        cfg_interval=cfg_interval, auto_scale=auto_scale, autoencoder=autoencoder,
+        text_encoder=text_encoder,
+    )  # fmt: skip
+    keep = [name for name, wanted in zip(KEEP, (return_trajectory, return_predictions), strict=True)
+            if wanted]  # fmt: skip
+    samples = sampler(
+        key, labels=labels, prompts=prompts, cond=context, negative=negative, size=size,
+        noise=noise, start=start, strength=strength, decode=decode, keep=keep, callback=callback,
+    )  # fmt: skip
+    output = samples.images if decode else samples.latents
+    kept = [getattr(samples, name) for name in keep]
+    return (output, *kept) if kept else output

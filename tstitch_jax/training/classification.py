@@ -59,10 +59,10 @@ def make_classifier_loss(
 
 def accuracy(network: FeatureNetwork, images: Images) -> float:
     """The share of images whose likeliest class is their label."""
-    extract = jax.jit(network.extract)
+    extract = jax.jit(lambda model, pixels: model(pixels).logits)
     right = 0
     for start in range(0, len(images), CHUNK):
         x, y = images.read(list(range(start, min(start + CHUNK, len(images)))))
-        logits = np.asarray(extract(network.params, jnp.asarray(x)).logits)
+        logits = np.asarray(extract(network.model, jnp.asarray(x)))
         right += int((logits.argmax(1) == y).sum())
     return right / len(images)

@@ -2,64 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.core.checks import shown
-from tstitch_jax.core.types import Knots, Prediction, Solver, State
-
-F = TypeVar("F", bound=Callable)
+from tstitch_jax.core.checks import is_whole, shown
+from tstitch_jax.core.types import Knots, Prediction
 
 
-def cached(make: F) -> F:
-    """Equal arguments, however given, give the same solver, which jit then knows again.
-
-    NumPy's numbers are given on as Python's.
-    """
-    signature, kept = inspect.signature(make), functools.lru_cache(256, typed=True)(make)
-
-    @functools.wraps(make)
-    def find(*arguments: Any, **options: Any) -> Solver:
-        bound = signature.bind(*arguments, **options)
-        bound.apply_defaults()
-        for key, value in bound.arguments.items():
-            if isinstance(value, np.generic):
-                bound.arguments[key] = value.item()
-        try:
-            return kept(*bound.args, **bound.kwargs)
-        except TypeError as error:
-            if "unhashable" not in str(error):
-                raise
-            raise ValueError(f"{make.__name__} cannot take {shown(bound.arguments)}") from None
-
-    return find  # pyright: ignore[reportReturnType]
-
-
-def check_order(name: str, order: int, known: Sequence[int]) -> None:
-    """Raises ValueError unless ``order`` is one of the whole numbers ``known``."""
-    if type(order) is not int or order not in known:
+def parse_order(name: str, order: int, known: Sequence[int]) -> int:
+    """The order of a method; raises ValueError unless it is one of ``known``."""
+    if not is_whole(order) or order not in known:
         *most, last = known
         raise ValueError(
             f"{name} has order {', '.join(map(str, most))} or {last}, got {shown(order)}"
         )
+    return int(order)
 
 
 def root(value: jax.Array) -> jax.Array:
     """The square root of what is not negative, whose derivative at 0 is 0 instead of infinite."""
     positive = value > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, value, 1)), 0)
-
-
-def no_state(x: jax.Array) -> State:
-    """The ``init`` of a solver without memory."""
-    return ()
 
 
 def half_log_snr(knot: Knots) -> jax.Array:
@@ -83,6 +50,16 @@ def karras_slope(knot: Knots, next_knot: Knots) -> jax.Array:
     ratio = next_knot.alpha / jnp.maximum(knot.alpha, next_knot.alpha / 10)
     slope = next_knot.sigma - ratio * knot.sigma
     return jnp.where(next_knot.alpha > 10 * knot.alpha, 0, slope)
+
+
+def second_evaluation(knots: Knots, karras: bool) -> np.ndarray:
+    """Which steps of a method of two evaluations take the second one, bool ``[N]``.
+
+    A step to clean data does not; nor, with ``karras``, one that ``karras_slope`` makes Euler's.
+    """
+    alpha, sigma = np.asarray(knots.alpha), np.asarray(knots.sigma)
+    taken = sigma[1:] > 0
+    return taken & (alpha[1:] <= 10 * alpha[:-1]) if karras else taken
 
 
 def euler_step(prediction: Prediction, knot: Knots) -> jax.Array:

@@ -6,23 +6,59 @@ import jax
 import jax.numpy as jnp
 
 from tstitch_jax.core.solvers.common import (
-    cached,
-    check_order,
     combine,
     half_log_snr,
-    no_state,
     order_here,
+    parse_order,
     phi,
     root,
 )
-from tstitch_jax.core.types import Denoise, Knots, Solver, State
+from tstitch_jax.core.types import Denoise, Knots, Solver, State, record, static
 
 _SHORT = 15
 """Trajectories of fewer steps lower the order over the last ones (as diffusers does)."""
 
 
-@cached
-def dpmpp(order: int = 2, exact: bool = False) -> Solver:
+@record
+class DPMSolver(Solver):
+    """See ``dpmpp``."""
+
+    name = "dpmpp"
+    order: int = static()
+    exact: bool = static()
+
+    def init(self, x: jax.Array) -> State:
+        memory = self.order - 1
+        return (jnp.zeros_like(x),) * memory, (jnp.ones((), x.dtype),) * memory
+
+    def step(
+        self, denoise: Denoise, x: jax.Array, state: State, knot: Knots, next_knot: Knots,
+        noise: jax.Array | None,
+    ) -> tuple[jax.Array, State]:  # fmt: skip
+        order, (history, lengths) = self.order, state
+        h = half_log_snr(next_knot) - half_log_snr(knot)
+        values = (denoise(x, knot).x0, *history)
+        phi_1, phi_2, phi_3 = (h * p for p in phi(h, 3))
+        phi_3 = phi_3 * (2 if self.exact else 1)
+        none = jnp.zeros_like(h)
+        weights = [[phi_1, none, none]]
+        if order >= 2:
+            half = phi_1 * h / lengths[0] / 2
+            weights.append([phi_1 + half, -half, none])
+        if order == 3:
+            last, before = lengths
+            share, both = last / (last + before), h / (last + before)
+            first = (phi_2 * (1 + share) + phi_3 * both) * h / last
+            second = (phi_2 * share + phi_3 * both) * h / before
+            weights.append([phi_1 + first, -first - second, second])
+        table = jnp.stack([jnp.stack(row[:order]) for row in weights])
+        here = order_here(order, knot, next_knot, short=knot.steps < _SHORT)
+        push = combine(table[here - 1], values)
+        x = next_knot.sigma / knot.sigma * x + next_knot.alpha * push
+        return x, (values[: order - 1], (h, *lengths)[: order - 1])
+
+
+def dpmpp(order: int = 2, exact: bool = False) -> DPMSolver:
     r"""DPM-Solver++, multistep: one evaluation a step (algorithm 2 of the paper, and its order 3).
 
     With :math:`\lambda = \log(\alpha / \sigma)`, steps :math:`h = \lambda_s - \lambda_t`, and
@@ -49,49 +85,43 @@ def dpmpp(order: int = 2, exact: bool = False) -> Solver:
     Raises:
         ValueError: If the order is none of these, or is not 3 and is to be exact.
     """
-    check_order("dpmpp", order, (1, 2, 3))
+    order = parse_order("dpmpp", order, (1, 2, 3))
     if exact and order != 3:
         raise ValueError(f"exact is a form of order 3, got order {order}")
-    memory = order - 1
+    return DPMSolver(order, exact)
 
-    def init(x: jax.Array) -> State:
-        return (jnp.zeros_like(x),) * memory, (jnp.ones((), x.dtype),) * memory
+
+@record
+class DPMSolverSDE(Solver):
+    """See ``dpmpp_sde``."""
+
+    name = "dpmpp_sde"
+    order: int = static()
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def init(self, x: jax.Array) -> State:
+        return (jnp.zeros_like(x), jnp.ones((), x.dtype)) if self.order == 2 else ()
 
     def step(
-        denoise: Denoise,
-        x: jax.Array,
-        state: State,
-        knot: Knots,
-        next_knot: Knots,
+        self, denoise: Denoise, x: jax.Array, state: State, knot: Knots, next_knot: Knots,
         noise: jax.Array | None,
-    ) -> tuple[jax.Array, State]:
-        history, lengths = state
+    ) -> tuple[jax.Array, State]:  # fmt: skip
         h = half_log_snr(next_knot) - half_log_snr(knot)
-        values = (denoise(x, knot).x0, *history)
-        phi_1, phi_2, phi_3 = (h * p for p in phi(h, 3))
-        phi_3 = phi_3 * (2 if exact else 1)
-        none = jnp.zeros_like(h)
-        weights = [[phi_1, none, none]]
-        if order >= 2:
-            half = phi_1 * h / lengths[0] / 2
-            weights.append([phi_1 + half, -half, none])
-        if order == 3:
-            last, before = lengths
-            share, both = last / (last + before), h / (last + before)
-            first = (phi_2 * (1 + share) + phi_3 * both) * h / last
-            second = (phi_2 * share + phi_3 * both) * h / before
-            weights.append([phi_1 + first, -first - second, second])
-        table = jnp.stack([jnp.stack(row[:order]) for row in weights])
-        here = order_here(order, knot, next_knot, short=knot.steps < _SHORT)
-        push = combine(table[here - 1], values)
-        x = next_knot.sigma / knot.sigma * x + next_knot.alpha * push
-        return x, (values[:memory], (h, *lengths)[:memory])
-
-    return Solver(init, step, stochastic=False, name="dpmpp")
+        x0 = wanted = denoise(x, knot).x0
+        if self.order == 2:
+            before, length = state
+            here = order_here(2, knot, next_knot, short=knot.steps < _SHORT)
+            wanted = x0 + jnp.where(here == 2, h / length / 2, 0) * (x0 - before)
+            state = (x0, h)
+        fresh = -jnp.expm1(-2 * h)  # the share of the variance that is drawn anew
+        x = next_knot.sigma / knot.sigma * jnp.exp(-h) * x + next_knot.alpha * fresh * wanted
+        return x + next_knot.sigma * root(fresh) * noise, state
 
 
-@cached
-def dpmpp_sde(order: int = 2) -> Solver:
+def dpmpp_sde(order: int = 2) -> DPMSolverSDE:
     r"""SDE-DPM-Solver++, multistep, of order 1 or 2 (equations 17 and 18 of the paper's revision).
 
     .. math::
@@ -107,29 +137,5 @@ def dpmpp_sde(order: int = 2) -> Solver:
     Raises:
         ValueError: If the order is none of these.
     """
-    check_order("dpmpp_sde", order, (1, 2))
-
-    def init(x: jax.Array) -> State:
-        return (jnp.zeros_like(x), jnp.ones((), x.dtype)) if order == 2 else no_state(x)
-
-    def step(
-        denoise: Denoise,
-        x: jax.Array,
-        state: State,
-        knot: Knots,
-        next_knot: Knots,
-        noise: jax.Array | None,
-    ) -> tuple[jax.Array, State]:
-        assert noise is not None, "dpmpp_sde is stochastic"
-        h = half_log_snr(next_knot) - half_log_snr(knot)
-        x0 = wanted = denoise(x, knot).x0
-        if order == 2:
-            before, length = state
-            here = order_here(order, knot, next_knot, short=knot.steps < _SHORT)
-            wanted = x0 + jnp.where(here == 2, h / length / 2, 0) * (x0 - before)
-            state = (x0, h)
-        fresh = -jnp.expm1(-2 * h)  # the share of the variance that is drawn anew
-        x = next_knot.sigma / knot.sigma * jnp.exp(-h) * x + next_knot.alpha * fresh * wanted
-        return x + next_knot.sigma * root(fresh) * noise, state
-
-    return Solver(init, step, stochastic=True, name="dpmpp_sde")
+    order = parse_order("dpmpp_sde", order, (1, 2))
+    return DPMSolverSDE(order)

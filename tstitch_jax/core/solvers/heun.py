@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 
-from tstitch_jax.core.solvers.common import cached, euler_step, karras_slope, no_state
-from tstitch_jax.core.types import Denoise, Knots, Prediction, Solver, State
+from tstitch_jax.core.solvers.common import euler_step, karras_slope, second_evaluation
+from tstitch_jax.core.types import Denoise, Knots, Prediction, Solver, State, record
 
 
 def _far_end(
@@ -21,8 +22,26 @@ def _far_end(
     return jax.lax.cond(ask, lambda: denoise(end, next_knot), lambda: first), end
 
 
-@cached
-def heun() -> Solver:
+@record
+class Heun(Solver):
+    """See ``heun``."""
+
+    name = "heun"
+
+    def step(
+        self, denoise: Denoise, x: jax.Array, state: State, knot: Knots, next_knot: Knots,
+        noise: jax.Array | None,
+    ) -> tuple[jax.Array, State]:  # fmt: skip
+        first = denoise(x, knot)
+        slope = karras_slope(knot, next_knot)
+        second, end = _far_end(denoise, first, next_knot, slope)
+        return end + slope * (second.eps - first.eps) / 2, state
+
+    def evaluations(self, knots: Knots) -> np.ndarray:
+        return 1 + second_evaluation(knots, karras=True)
+
+
+def heun() -> Heun:
     r"""Heun's method in Karras' coordinates, order 2 (Karras et al. 2022, arXiv:2206.00364).
 
     Algorithm 1 without churn. With :math:`\tilde x = x / \alpha` and
@@ -32,42 +51,19 @@ def heun() -> Solver:
     alpha grows more than tenfold (``karras_slope``). The method wants many steps at high noise, as
     ``spacing="karras"`` gives them; with few, or for a flow, ``flow_heun`` is the better one.
     """
+    return Heun()
+
+
+@record
+class FlowHeun(Solver):
+    """See ``flow_heun``."""
+
+    name = "flow_heun"
 
     def step(
-        denoise: Denoise,
-        x: jax.Array,
-        state: State,
-        knot: Knots,
-        next_knot: Knots,
+        self, denoise: Denoise, x: jax.Array, state: State, knot: Knots, next_knot: Knots,
         noise: jax.Array | None,
-    ) -> tuple[jax.Array, State]:
-        first = denoise(x, knot)
-        slope = karras_slope(knot, next_knot)
-        second, end = _far_end(denoise, first, next_knot, slope)
-        return end + slope * (second.eps - first.eps) / 2, state
-
-    return Solver(no_state, step, stochastic=False, name="heun")
-
-
-@cached
-def flow_heun() -> Solver:
-    r"""Heun's method in a flow's coordinates, order 2, for flows and any other schedule.
-
-    With :math:`y = x / (\alpha + \sigma)` and :math:`\tau = \sigma / (\alpha + \sigma)`, every
-    schedule is the flow :math:`y = (1 - \tau) x_0 + \tau \epsilon` of slope
-    :math:`\epsilon - x_0`, finite also in pure noise. For a flow itself these are x and t (SiT,
-    Ma et al. 2024, arXiv:2401.08740; diffusers' ``FlowMatchHeunDiscreteScheduler``). A step to
-    clean data is Euler's.
-    """
-
-    def step(
-        denoise: Denoise,
-        x: jax.Array,
-        state: State,
-        knot: Knots,
-        next_knot: Knots,
-        noise: jax.Array | None,
-    ) -> tuple[jax.Array, State]:
+    ) -> tuple[jax.Array, State]:  # fmt: skip
         first = denoise(x, knot)
         # (alpha_s + sigma_s) (tau_s - tau_t)
         slope = (knot.alpha * next_knot.sigma - next_knot.alpha * knot.sigma) / (
@@ -77,4 +73,17 @@ def flow_heun() -> Solver:
         change = (second.eps - second.x0) - (first.eps - first.x0)
         return end + slope * change / 2, state
 
-    return Solver(no_state, step, stochastic=False, name="flow_heun")
+    def evaluations(self, knots: Knots) -> np.ndarray:
+        return 1 + second_evaluation(knots, karras=False)
+
+
+def flow_heun() -> FlowHeun:
+    r"""Heun's method in a flow's coordinates, order 2, for flows and any other schedule.
+
+    With :math:`y = x / (\alpha + \sigma)` and :math:`\tau = \sigma / (\alpha + \sigma)`, every
+    schedule is the flow :math:`y = (1 - \tau) x_0 + \tau \epsilon` of slope
+    :math:`\epsilon - x_0`, finite also in pure noise. For a flow itself these are x and t (SiT,
+    Ma et al. 2024, arXiv:2401.08740; diffusers' ``FlowMatchHeunDiscreteScheduler``). A step to
+    clean data is Euler's.
+    """
+    return FlowHeun()

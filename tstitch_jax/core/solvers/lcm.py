@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tstitch_jax.core.checks import check_number
-from tstitch_jax.core.solvers.common import cached, no_state
-from tstitch_jax.core.types import Denoise, Knots, Solver, State
+from tstitch_jax.core.types import Denoise, Knots, Leaf, Solver, State, record
 
 
-@cached
-def lcm(sigma_data: float = 0.5, time_scale: float = 10.0) -> Solver:
+@record
+class LCM(Solver):
+    """See ``lcm``."""
+
+    name = "lcm"
+    needs_consistency = True
+    sigma_data: Leaf
+    time_scale: Leaf
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def step(
+        self, denoise: Denoise, x: jax.Array, state: State, knot: Knots, next_knot: Knots,
+        noise: jax.Array | None,
+    ) -> tuple[jax.Array, State]:  # fmt: skip
+        scaled, data = self.time_scale * knot.time, self.sigma_data**2
+        norm = jnp.square(scaled) + data
+        skip, out = data / norm, scaled * jax.lax.rsqrt(norm)
+        clean = skip * x + out * denoise(x, knot).x0
+        return next_knot.alpha * clean + next_knot.sigma * noise, state
+
+
+def lcm(sigma_data: float = 0.5, time_scale: float = 10.0) -> LCM:
     r"""Multistep consistency sampling: to clean data, and noise back up to the next point.
 
     .. math::
@@ -30,23 +53,7 @@ def lcm(sigma_data: float = 0.5, time_scale: float = 10.0) -> Solver:
     Raises:
         ValueError: If one of them is not a positive number.
     """
-    sigma_data, time_scale = (
-        check_number("sigma_data", sigma_data, low=1e-9),
-        check_number("time_scale", time_scale, low=1e-9),
+    return LCM(
+        np.float32(check_number("sigma_data", sigma_data, low=1e-9)),
+        np.float32(check_number("time_scale", time_scale, low=1e-9)),
     )
-
-    def step(
-        denoise: Denoise,
-        x: jax.Array,
-        state: State,
-        knot: Knots,
-        next_knot: Knots,
-        noise: jax.Array | None,
-    ) -> tuple[jax.Array, State]:
-        assert noise is not None, "lcm is stochastic"
-        norm = jnp.square(time_scale * knot.time) + sigma_data**2
-        skip, out = sigma_data**2 / norm, time_scale * knot.time * jax.lax.rsqrt(norm)
-        clean = skip * x + out * denoise(x, knot).x0
-        return next_knot.alpha * clean + next_knot.sigma * noise, state
-
-    return Solver(no_state, step, stochastic=True, name="lcm", needs_consistency=True)

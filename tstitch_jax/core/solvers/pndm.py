@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.core.solvers.common import cached, combine, euler_step, karras_slope
-from tstitch_jax.core.types import Denoise, Knots, Solver, State
+from tstitch_jax.core.solvers.common import combine, euler_step, karras_slope, second_evaluation
+from tstitch_jax.core.types import Denoise, Knots, Solver, State, record
 
 _ADAMS_BASHFORTH = np.array(
     [[12, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]], np.float32
@@ -15,34 +15,19 @@ _ADAMS_BASHFORTH = np.array(
 """Weights of eps, newest first, by how many earlier ones there are; with none, half of it."""
 
 
-@cached
-def pndm() -> Solver:
-    r"""PLMS: Adams and Bashforth's method on eps, in the transfer of DDIM.
+@record
+class PNDM(Solver):
+    """See ``pndm``."""
 
-    .. math::
-        x_s = \frac{\alpha_s}{\alpha_t} x_t
-            + \left(\sigma_s - \frac{\alpha_s}{\alpha_t} \sigma_t\right) e, \quad
-        e = \tfrac{1}{24} (55 \epsilon_t - 59 \epsilon_{t-1} + 37 \epsilon_{t-2} - 9 \epsilon_{t-3})
+    name = "pndm"
 
-    (equations 9 and 12 of the paper). The weights are those of equal steps, which are equal in time
-    and not in the integrated variable, so that the order is 2. The start is that of Stable
-    Diffusion and of diffusers' ``PNDMScheduler`` with ``skip_prk_steps``: not the paper's three
-    Runge-Kutta steps, but in the first step the mean of eps at both ends (a second evaluation),
-    then formulas of two and three values. A step in which alpha grows more than tenfold is Euler's
-    (``karras_slope``).
-    """
-
-    def init(x: jax.Array) -> State:
+    def init(self, x: jax.Array) -> State:
         return (jnp.zeros_like(x),) * 3
 
     def step(
-        denoise: Denoise,
-        x: jax.Array,
-        state: State,
-        knot: Knots,
-        next_knot: Knots,
+        self, denoise: Denoise, x: jax.Array, state: State, knot: Knots, next_knot: Knots,
         noise: jax.Array | None,
-    ) -> tuple[jax.Array, State]:
+    ) -> tuple[jax.Array, State]:  # fmt: skip
         first = denoise(x, knot)
         slope = karras_slope(knot, next_knot)
 
@@ -62,4 +47,23 @@ def pndm() -> Solver:
         eps = combine(weights, values) + jnp.where(knot.index == 0, 0.5, 0) * other
         return transfer(eps), values[:3]
 
-    return Solver(init, step, stochastic=False, name="pndm")
+    def evaluations(self, knots: Knots) -> np.ndarray:
+        return 1 + (second_evaluation(knots, karras=True) & (np.arange(knots.steps) == 0))
+
+
+def pndm() -> PNDM:
+    r"""PLMS: Adams and Bashforth's method on eps, in the transfer of DDIM.
+
+    .. math::
+        x_s = \frac{\alpha_s}{\alpha_t} x_t
+            + \left(\sigma_s - \frac{\alpha_s}{\alpha_t} \sigma_t\right) e, \quad
+        e = \tfrac{1}{24} (55 \epsilon_t - 59 \epsilon_{t-1} + 37 \epsilon_{t-2} - 9 \epsilon_{t-3})
+
+    (equations 9 and 12 of the paper). The weights are those of equal steps, which are equal in time
+    and not in the integrated variable, so that the order is 2. The start is that of Stable
+    Diffusion and of diffusers' ``PNDMScheduler`` with ``skip_prk_steps``: not the paper's three
+    Runge-Kutta steps, but in the first step the mean of eps at both ends (a second evaluation),
+    then formulas of two and three values. A step in which alpha grows more than tenfold is Euler's
+    (``karras_slope``).
+    """
+    return PNDM()

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tstitch_jax.core.checks import check_name, check_number
-from tstitch_jax.core.solvers.common import cached, no_state, root
-from tstitch_jax.core.types import Denoise, Knots, Solver, State
+from tstitch_jax.core.solvers.common import root
+from tstitch_jax.core.types import Denoise, Knots, Leaf, Solver, State, record, static
 
 DIFFUSIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sigma": lambda tau: tau,
@@ -20,8 +21,34 @@ DIFFUSIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 """Diffusion coefficients by the flow's time, 1 in noise and 0 in data (the paper's table 2)."""
 
 
-@cached
-def sde(diffusion: str = "sigma", scale: float = 1.0) -> Solver:
+@record
+class SDE(Solver):
+    """See ``sde``."""
+
+    name = "sde"
+    diffusion: str = static()
+    scale: Leaf
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def step(
+        self, denoise: Denoise, x: jax.Array, state: State, knot: Knots, next_knot: Knots,
+        noise: jax.Array | None,
+    ) -> tuple[jax.Array, State]:  # fmt: skip
+        assert noise is not None, "sde is stochastic"
+        prediction = denoise(x, knot)
+        total, next_total = knot.alpha + knot.sigma, next_knot.alpha + next_knot.sigma
+        tau = knot.sigma / total
+        length = tau - next_knot.sigma / next_total
+        strength = jnp.where(next_knot.sigma > 0, self.scale * DIFFUSIONS[self.diffusion](tau), 0)
+        drift = prediction.eps - prediction.x0 + strength / tau * prediction.eps
+        y = x / total - length * drift + root(2 * strength * length) * noise
+        return next_total * y, state
+
+
+def sde(diffusion: str = "sigma", scale: float = 1.0) -> SDE:
     r"""Euler and Maruyama's method for the reverse SDE of a flow, on any schedule.
 
     In the coordinates of ``flow_heun``, over a step :math:`\Delta = \tau_t - \tau_s` and with the
@@ -45,24 +72,4 @@ def sde(diffusion: str = "sigma", scale: float = 1.0) -> Solver:
         ValueError: If the form is unknown or the scale is negative.
     """
     check_name("diffusion", diffusion, DIFFUSIONS)
-    scale = check_number("the scale of the diffusion", scale, low=0)
-
-    def step(
-        denoise: Denoise,
-        x: jax.Array,
-        state: State,
-        knot: Knots,
-        next_knot: Knots,
-        noise: jax.Array | None,
-    ) -> tuple[jax.Array, State]:
-        assert noise is not None, "sde is stochastic"
-        prediction = denoise(x, knot)
-        total, next_total = knot.alpha + knot.sigma, next_knot.alpha + next_knot.sigma
-        tau = knot.sigma / total
-        length = tau - next_knot.sigma / next_total
-        strength = jnp.where(next_knot.sigma > 0, scale * DIFFUSIONS[diffusion](tau), 0)
-        drift = prediction.eps - prediction.x0 + strength / tau * prediction.eps
-        y = x / total - length * drift + root(2 * strength * length) * noise
-        return next_total * y, state
-
-    return Solver(no_state, step, stochastic=True, name="sde")
+    return SDE(diffusion, np.float32(check_number("the scale of the diffusion", scale, low=0)))

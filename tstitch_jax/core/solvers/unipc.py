@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from tstitch_jax.core.solvers.common import (
-    cached,
-    check_order,
     combine,
     half_log_snr,
     order_here,
+    parse_order,
     phi,
 )
-from tstitch_jax.core.types import Denoise, Knots, Solver, State
+from tstitch_jax.core.types import Denoise, Knots, Solver, State, record, static
 
 
 def _vandermonde(nodes: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
@@ -59,43 +58,22 @@ def _weights(order: int, lengths: tuple[jax.Array, ...], correct: bool) -> list[
     return [h * values[0] * w for w in weights + end]
 
 
-@cached
-def unipc(order: int = 2) -> Solver:
-    r"""UniPC with :math:`B_2(h) = e^h - 1`, predicting x0: one evaluation a step.
+@record
+class UniPC(Solver):
+    """See ``unipc``."""
 
-    The evaluation at a step's start first corrects the state that the step before it predicted
-    (UniC, equation 3 of the paper), then predicts on from there (UniP, equation 8), both from
+    name = "unipc"
+    order: int = static()
 
-    .. math::
-        x_s = \frac{\sigma_s}{\sigma_t} x_t + \alpha_s h \varphi_1(-h)
-            \left(\hat x_0 + \sum_m \rho_m \frac{D_m}{r_m}\right)
-
-    with differences :math:`D_m` of predictions against the one at the step's start,
-    :math:`r_m = (\lambda_m - \lambda_t) / h`. The order rises over the first steps and falls over
-    the last ones, as in diffusers' ``UniPCMultistepScheduler``; the last state is predicted only.
-
-    Args:
-        order: p of the predictor, 1, 2 or 3. Corrected, the method converges with order 2, 3 and,
-            as it starts with lower orders, 3.
-
-    Raises:
-        ValueError: If the order is none of these.
-    """
-    check_order("unipc", order, (1, 2, 3))
-
-    def init(x: jax.Array) -> State:
-        one = jnp.ones((), x.dtype)
+    def init(self, x: jax.Array) -> State:
+        order, one = self.order, jnp.ones((), x.dtype)
         return (jnp.zeros_like(x),) * order, (one,) * order, x, one, jnp.ones((), jnp.int32)
 
     def step(
-        denoise: Denoise,
-        x: jax.Array,
-        state: State,
-        knot: Knots,
-        next_knot: Knots,
+        self, denoise: Denoise, x: jax.Array, state: State, knot: Knots, next_knot: Knots,
         noise: jax.Array | None,
-    ) -> tuple[jax.Array, State]:
-        history, lengths, start, start_sigma, used = state
+    ) -> tuple[jax.Array, State]:  # fmt: skip
+        order, (history, lengths, start, start_sigma, used) = self.order, state
         value = denoise(x, knot).x0
 
         # The step before this one, again, knowing the value at its end
@@ -116,4 +94,27 @@ def unipc(order: int = 2) -> Solver:
         ahead = next_knot.sigma / knot.sigma * x + next_knot.alpha * push
         return ahead, (history, lengths, x, knot.sigma, here)
 
-    return Solver(init, step, stochastic=False, name="unipc")
+
+def unipc(order: int = 2) -> UniPC:
+    r"""UniPC with :math:`B_2(h) = e^h - 1`, predicting x0: one evaluation a step.
+
+    The evaluation at a step's start first corrects the state that the step before it predicted
+    (UniC, equation 3 of the paper), then predicts on from there (UniP, equation 8), both from
+
+    .. math::
+        x_s = \frac{\sigma_s}{\sigma_t} x_t + \alpha_s h \varphi_1(-h)
+            \left(\hat x_0 + \sum_m \rho_m \frac{D_m}{r_m}\right)
+
+    with differences :math:`D_m` of predictions against the one at the step's start,
+    :math:`r_m = (\lambda_m - \lambda_t) / h`. The order rises over the first steps and falls over
+    the last ones, as in diffusers' ``UniPCMultistepScheduler``; the last state is predicted only.
+
+    Args:
+        order: p of the predictor, 1, 2 or 3. Corrected, the method converges with order 2, 3 and,
+            as it starts with lower orders, 3.
+
+    Raises:
+        ValueError: If the order is none of these.
+    """
+    order = parse_order("unipc", order, (1, 2, 3))
+    return UniPC(order)
