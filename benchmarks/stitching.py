@@ -23,19 +23,18 @@ import numpy as np
 import published
 
 import tstitch_jax as ts
-from tstitch_jax.sampling import sampler
+from tstitch_jax.sampling.program import SampleRequest
 
 
 def steps() -> None:
     """The embedded pair, ten guided images: one network alone gives its time per step."""
     networks = [ts.load(name) for name in ("fashion-s", "fashion-xl")]
-
-    def request(plan: ts.Plan) -> sampler.Sampling:
-        return sampler.prepare(
-            jax.random.key(0), networks, labels=list(range(10)), plan=plan, steps=plan.steps
-        )
-
     count, repeats = 50, 15
+
+    def request(plan: ts.Plan) -> SampleRequest:
+        sampler = ts.Sampler(networks, plan=plan, steps=count)
+        return sampler.request(jax.random.key(0), labels=list(range(10)))
+
     plans = {f: ts.Plan.from_counts([round(f * count), count - round(f * count)])
              for f in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)}  # fmt: skip
     plans["interleaved"] = ts.Plan.from_list([0, 1] * (count // 2), 2)
@@ -62,24 +61,23 @@ def loops() -> None:
     networks = [ts.load(name) for name in ("fashion-s", "fashion-xl")]
     count, images = 50, 10
     solver, knots = ts.ddim(), jax.tree.map(jnp.asarray, ts.make_knots(networks[1].schedule, count))
-    denoisers = [ts.cfg(n.denoiser, 1.5, 10) for n in networks]
-    params = [n.params for n in networks]
+    denoisers = [ts.cfg(n.denoiser, 1.5) for n in networks]
     labels = jnp.arange(images)
+    cond = ts.Condition(labels, jnp.full_like(labels, 10))
     x = ts.draw_noise(ts.image_keys(jax.random.key(0), labels), 0, (28, 28, 1))
 
     @jax.jit
-    def one_scan(params, plan, x):
-        both = ts.stitch(denoisers, ts.Plan(plan, 2))
-        return ts.run(both, solver, knots, x, params=params, cond=labels)
+    def one_scan(denoisers, plan, x):
+        return ts.run(ts.stitch(denoisers, ts.Plan(plan, 2)), solver, knots, x, cond=cond)
 
     @jax.jit
-    def two_loops(params, plan, x):
+    def two_loops(denoisers, plan, x):
         def step(k):
             def body(i, x):
                 here, there = (jax.tree.map(lambda v, j=j: v[j], knots) for j in (i, i + 1))
 
                 def denoise(x, knot):
-                    return denoisers[k](params[k], x, knot, labels)
+                    return denoisers[k](x, knot, cond)
 
                 return solver.step(denoise, x, solver.init(x), here, there, None)[0]
 
@@ -94,9 +92,9 @@ def loops() -> None:
         for _ in range(8):
             for function in times:
                 start = time.perf_counter()
-                result = jax.block_until_ready(function(params, plan, x))
+                result = jax.block_until_ready(function(denoisers, plan, x))
                 times[function].append(time.perf_counter() - start)
-        error = float(abs(result - one_scan(params, plan, x)).max())
+        error = float(abs(result - one_scan(denoisers, plan, x)).max())
         ratio = np.median(np.array(times[two_loops][1:]) / np.array(times[one_scan][1:]))
         print(f"{first} of {count} steps small: one scan {np.median(times[one_scan][1:]):.3f} s, "
               f"two loops / one scan {ratio:.3f}, difference {error:.0e}")  # fmt: skip
@@ -107,16 +105,14 @@ def dtypes() -> None:
     for name in ("fashion-s", "fashion-b", "fashion-xl"):
         programs = {}
         for dtype in (jnp.float32, jnp.bfloat16):
-            request = sampler.prepare(
-                jax.random.key(0), [ts.load(name, dtype)], labels=[i % 10 for i in range(25)],
-                steps=10, solver="dpmpp", spacing="trailing", cfg_scale=1.5,
-            )  # fmt: skip
+            sampler = ts.Sampler(name, steps=10, solver="dpmpp", spacing="trailing", dtype=dtype)
+            request = sampler.request(jax.random.key(0), labels=[i % 10 for i in range(25)])
             programs[jnp.dtype(dtype).name] = request.compile(), request.inputs
         times, images = {dtype: [] for dtype in programs}, {}
         for _ in range(8):
             for dtype, (program, inputs) in programs.items():
                 start = time.perf_counter()
-                images[dtype] = np.asarray(program(inputs), np.float32)
+                images[dtype] = np.asarray(program(inputs)[0], np.float32)
                 times[dtype].append(time.perf_counter() - start)
         full, half = (np.array(own[1:]) for own in times.values())
         error = np.abs(images["float32"] - images["bfloat16"]).mean()
@@ -125,12 +121,11 @@ def dtypes() -> None:
               f"{error:.4f} of 2", flush=True)  # fmt: skip
 
 
-def published_pair(count: int, leaf=lambda shape: shape) -> sampler.Sampling:
+def published_pair(count: int, leaf=lambda shape: shape) -> SampleRequest:
     """DiT-S/2 and DiT-XL/2 at 256 px, one guided image, asked for latents."""
     networks = [published.make(published.dit(name), leaf=leaf) for name in ("dit-s-2", "dit-xl-2")]
-    return sampler.prepare(
-        jax.random.key(0), networks, labels=[0], fractions=[0.4, 0.6], steps=count, decode=False
-    )
+    sampler = ts.Sampler(networks, plan=[0.4, 0.6], steps=count)
+    return sampler.request(jax.random.key(0), labels=[0], decode=False)
 
 
 def compile_time() -> None:
@@ -184,7 +179,7 @@ def memory() -> None:
     before = peak()
     # Written once, so that every page is really there.
     request = published_pair(4, lambda s: jnp.full(s.shape, 0.01, s.dtype))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(request.inputs.given.params))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(request.inputs.denoisers))
     loaded = peak()
     jax.block_until_ready(request.compile()(request.inputs))
     print(

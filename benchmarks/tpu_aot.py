@@ -35,7 +35,6 @@ import numpy as np
 import published
 
 import tstitch_jax as ts
-from tstitch_jax.sampling import sampler
 
 NAMES = ("dit-s-2", "dit-xl-2")
 TEXT_NAMES = ("bk-sdm-tiny", "sd-1")
@@ -90,14 +89,15 @@ def compile_sampler(
     if text:
         networks = [make(published.text_to_image(name, size)) for name in TEXT_NAMES]
         contexts = np.zeros((count, *published.CONTEXT), np.float32)
-        asked: dict[str, Any] = dict(context=contexts, negative=contexts[:1])
+        asked: dict[str, Any] = dict(cond=contexts, negative=contexts[:1])
     else:
         networks = [make(published.dit(name, size)) for name in NAMES]
         asked = dict(labels=[0] * count)
-    request = sampler.prepare(
-        jax.random.key(0), networks, **asked, fractions=[0.5, 0.5], steps=STEPS,
-        autoencoder=make(published.AUTOENCODER) if decode else None, decode=decode,
+    sampler = ts.Sampler(
+        networks, plan=[0.5, 0.5], steps=STEPS,
+        autoencoder=make(published.AUTOENCODER) if decode else None,
     )  # fmt: skip
+    request = sampler.request(jax.random.key(0), **asked, decode=decode)
     start = time.perf_counter()
     compiled = request.compile()
     return compiled, time.perf_counter() - start, [network.card.macs for network in networks]
@@ -114,7 +114,8 @@ def report_encoder(topology: str, images: int) -> None:
 
     ids = jax.ShapeDtypeStruct((images, encoder.tokens), jnp.int32, sharding=place)
     start = time.perf_counter()
-    compiled = jax.jit(encoder.encode).lower(jax.tree.map(there, encoder.params), ids).compile()
+    encode = jax.jit(lambda model, ids: model(ids))
+    compiled = encode.lower(jax.tree.map(there, encoder.model), ids).compile()
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     print(
         f"{topology} texts, {images} a device: compiled in {seconds:.0f} s; arguments "

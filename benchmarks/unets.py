@@ -24,8 +24,8 @@ import published
 import torch
 from diffusers import UNet2DConditionModel
 
+import tstitch_jax as ts
 from tstitch_jax.models import unet
-from tstitch_jax.sampling import sampler
 
 NAMES = ("bk-sdm-tiny", "sd-1")
 CALLS = 4
@@ -62,10 +62,9 @@ def main(rounds: int, side: int, steps: int) -> None:
     latents = torch.tensor(rng.standard_normal((2, 4, side, side), np.float32))
 
     def ours_run(k: int) -> None:
-        request = sampler.prepare(
-            jax.random.key(0), networks, context=context[:1], negative=context[1:],
-            fractions=[1 - k, k], steps=steps, decode=False,
-        )  # fmt: skip
+        request = ts.Sampler(networks, plan=[1 - k, k], steps=steps).request(
+            jax.random.key(0), cond=context[:1], negative=context[1:], decode=False
+        )
         jax.block_until_ready(request.run())
 
     def their_run(network: UNet2DConditionModel) -> None:

@@ -26,7 +26,7 @@ from tstitch_jax.cli.text import load_config
 from tstitch_jax.core.files import write_text
 from tstitch_jax.jobs.timing import pareto_front
 from tstitch_jax.report import charts
-from tstitch_jax.sampling import sampler
+from tstitch_jax.sampling.sampler import make_sampler
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -68,12 +68,9 @@ def chart(name: str, figure: Any) -> None:
 
 def measure_predictions() -> None:
     """How networks differ along the large one's trajectory: cosine and L2, by step."""
-    networks = [ts.load(name) for name in NAMES]
-    found = ts.calibrate(
-        jax.random.key(0), networks, steps=STEPS, conditions=CONDITIONS, cfg_scale=1.5,
-        costs="macs",
-    )  # fmt: skip
-    time = np.asarray(ts.make_knots(networks[-1].schedule, STEPS).time)[:-1]
+    sampler = ts.Sampler(NAMES, steps=STEPS)
+    found = ts.calibrate(jax.random.key(0), sampler, conditions=CONDITIONS, costs="macs")
+    time = np.asarray(sampler.knots.time)[:-1]
     rows = [
         [name, i, float(time[i]), float(found.cosine[k, i]), float(found.eps[k, i] ** 0.5),
          float(found.x0[k, i] ** 0.5), float(found.steps_alone[k, i])]
@@ -104,10 +101,9 @@ def measure_predictions() -> None:
 def measure_spectrum() -> None:
     """Power of the predicted images by spatial frequency, by step, over that of the results."""
     labels = np.resize(np.arange(10), CONDITIONS).tolist()
-    _, predicted = ts.sample(
-        jax.random.key(0), [ts.load("fashion-xl")], labels=labels, steps=STEPS,
-        return_predictions=True,
-    )  # fmt: skip
+    sampler = ts.Sampler("fashion-xl", steps=STEPS)
+    predicted = sampler(jax.random.key(0), labels=labels, keep=["predictions"]).predictions
+    assert predicted is not None
     size = predicted.shape[2]
     power = np.abs(np.fft.fft2(np.asarray(predicted)[..., 0], norm="ortho")) ** 2
     power = power.mean(axis=1)
@@ -136,11 +132,10 @@ def measure_cost() -> None:
     """Parameters, storage and memory of stitched networks against the large one alone."""
     rows = []
     for names in (NAMES[-1:], NAMES):
-        networks = [ts.load(name) for name in names]
-        request = sampler.prepare(
-            jax.random.key(0), networks, labels=np.resize(np.arange(10), 25).tolist(), steps=10,
-            solver="dpmpp", fractions=[1 / len(names)] * len(names),
-        )  # fmt: skip
+        sampler = ts.Sampler(names, plan=[1 / len(names)] * len(names), steps=10, solver="dpmpp")
+        networks = sampler.networks
+        labels = np.resize(np.arange(10), 25).tolist()
+        request = sampler.request(jax.random.key(0), labels=labels)
         analysis = request.lower().compile().memory_analysis()
         stored = sum(
             file.stat().st_size
@@ -182,16 +177,12 @@ def measure_calibration() -> None:
             settings.setdefault(name, []).append(point)
         for name, points in settings.items():
             names = list(points[0].networks)
-            networks = [ts.load(each) for each in names]
-            plans = [
-                sampler.prepare(jax.random.key(0), networks, labels=[0], **point.options).plan
-                for point in points
-            ]
-            options = {"cfg_scale": 1.5} | points[0].options
-            options = {k: v for k, v in options.items() if k not in ("plan", "fractions")}
+            samplers = [make_sampler(names, **point.options) for point in points]
             for seed in range(SEEDS):
-                found = ts.calibrate(jax.random.key(seed), networks, costs="macs", **options)
-                for plan in plans:
+                found = ts.calibrate(jax.random.key(seed), samplers[0], costs="macs")
+                for sampler in samplers:
+                    plan = sampler.plan
+                    assert plan is not None
                     expected = found.predict(plan)
                     rows.append([
                         name, plan.describe(names, most=4), plan.counts()[0] / plan.steps, seed,

@@ -2,83 +2,104 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from scipy.fft import dct
 
 import tstitch_jax as ts
 from tstitch_jax import cli
-from tstitch_jax.core.types import Prediction
-from tstitch_jax.jobs import calibrate
+from tstitch_jax.jobs import calibrate as calibration
 from tstitch_jax.models.cards import Card
 from tstitch_jax.models.types import Network
+from tstitch_jax.sampling.sampler import make_sampler
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 SHAPE, STEPS = (8, 6, 2), 12
-MAPS = calibrate._cosines(8), calibrate._cosines(6)
-BANDS = calibrate._bands(8, 6)
+MAPS = [dct(np.eye(size, dtype=np.float32), axis=0, norm="ortho") for size in SHAPE[:2]]
+"""Cosine transforms of the two axes."""
+
+RADIUS = np.hypot(*np.meshgrid(np.arange(8) / 8, np.arange(6) / 6, indexing="ij"))
+BANDS = np.float32(np.minimum(3 * RADIUS // 1, 2) == np.arange(3)[:, None, None])
+"""The band of each coefficient, one-hot ``[S, H, W]``."""
+
+ROUNDING = (2 / 255) ** 2 / 12
+"""The variance of the rounding to pixels."""
 
 
 def transform(x):
     return np.einsum("uh,...hwc,vw->...uvc", MAPS[0], x, MAPS[1])
 
 
-@functools.cache
-def gaussian(name, change=None, *, macs=100, schedule="cosine"):
+POWER = np.float32(
+    np.einsum("suv,sc->uvc", BANDS, 2.0 ** -np.arange(3)[:, None] * np.array([1.0, 0.3]))
+)
+MEAN = np.float32(transform(np.linspace(-1, 1, 96).reshape(SHAPE)))
+
+
+def same(x0, x, knot):
+    return x0
+
+
+@ts.record
+class Spectral:
     """The exact denoiser of images that are Gaussian, independent by frequency; or a changed one.
 
-    Args:
-        name: Its name.
-        change: ``(x0, x, knot) -> x0`` in frequencies, what it says instead.
-        macs: Its cost.
-        schedule: Its forward process.
+    ``change`` is ``(x0, x, knot) -> x0`` in frequencies, the prediction instead of the exact one.
     """
-    spectrum = 2.0 ** -np.arange(len(BANDS))[:, None] * np.array([1.0, 0.3])
-    power = jnp.asarray(np.einsum("suv,sc->uvc", BANDS, spectrum), jnp.float32)
-    mean = jnp.asarray(transform(np.linspace(-1, 1, 96).reshape(SHAPE)), jnp.float32)
 
-    def denoiser(params, x, knot, cond):
+    power: jax.Array
+    mean: jax.Array
+    change: object = ts.static(default=same)
+
+    def __call__(self, x, knot, cond):
         seen = jnp.einsum("uh,bhwc,vw->buvc", MAPS[0], x, MAPS[1], precision="highest")
-        slope = knot.alpha * power / (knot.alpha**2 * power + knot.sigma**2)
+        slope = knot.alpha * self.power / (knot.alpha**2 * self.power + knot.sigma**2)
         # Without a class another mean is expected, so that guidance makes a difference.
-        middle = mean + 0.1 * (cond == 3)[:, None, None, None]
-        x0 = middle + slope * (seen - knot.alpha * middle)
-        if change is not None:
-            x0 = change(x0, seen, knot)
+        middle = self.mean + 0.1 * (cond.given == 3)[:, None, None, None]
+        x0 = self.change(middle + slope * (seen - knot.alpha * middle), seen, knot)
         x0 = jnp.einsum("uh,buvc,vw->bhwc", MAPS[0], x0, MAPS[1], precision="highest")
-        return Prediction(x0, (x - knot.alpha * x0) / knot.sigma)
+        return ts.Prediction(x0, (x - knot.alpha * x0) / knot.sigma)
 
+
+def gaussian(name, change=same, *, macs=100, schedule="cosine"):
+    """A network of a ``Spectral`` denoiser: its name, its change, its cost, its forward process."""
     card = Card(
         name=name, architecture="none", config={}, image_shape=SHAPE, macs=macs, target="x0",
         learned_variance=False, schedule={"name": schedule}, num_classes=3,
     )  # fmt: skip
-    return Network(denoiser, {}, card, ts.make_schedule(schedule))
+    denoiser = Spectral(jnp.asarray(POWER), jnp.asarray(MEAN), change)
+    return Network(denoiser, card, ts.make_schedule(schedule))
 
 
-def calibrate(networks, **options):
-    given = dict(steps=STEPS, costs="macs", conditions=24, cfg_scale=None)
-    return ts.calibrate(jax.random.key(0), networks, **given | options)
+def calibrate(networks, *, seed=0, **options):
+    """``ts.calibrate`` with options of both a sampler and a calibration."""
+    options = dict(steps=STEPS, costs="macs", conditions=24, cfg_scale=None) | options
+    own = {k: options.pop(k) for k in inspect.signature(ts.calibrate).parameters if k in options}
+    return ts.calibrate(jax.random.key(seed), make_sampler(networks, **options), **own)
 
 
 def measured(networks, plan, **options):
-    """The damage that a plan does, by sampling with it, and without, from the same noise."""
-    given = dict(steps=STEPS, cfg_scale=None, decode=False) | options
+    """The damage of a plan: samples with it and without it, from the same noise."""
+    options = dict(steps=STEPS, cfg_scale=None, decode=False) | options
     labels = [k % 3 for k in range(24)]
 
     def draw(plan):
-        images = ts.sample(jax.random.key(0), networks, labels=labels, plan=plan, **given)
+        images = ts.sample(jax.random.key(0), networks, labels=labels, plan=plan, **options)
         return transform(np.asarray(images, np.float64))
 
     alone = draw(ts.Plan.from_list([len(networks) - 1] * STEPS, len(networks)))
     variance = np.einsum("suv,uvc->sc", BANDS, alone.var(axis=0, ddof=1))
-    variance = variance / BANDS.sum((1, 2))[:, None] + calibrate._FLOOR
+    variance = variance / BANDS.sum((1, 2))[:, None] + ROUNDING
     unit = np.einsum("suv,sc->uvc", BANDS, variance)
     return np.mean(np.square(draw(plan) - alone) / unit)
 
@@ -145,6 +166,8 @@ def test_two_copies_do_no_damage():
     assert found.speedup == 20
     np.testing.assert_allclose(found.cosine, 1, atol=1e-5)
     assert found.warnings == ()
+    planned = calibrate([gaussian("a", macs=5), gaussian("b")], fractions=[0.5, 0.5])
+    assert planned.fractions == (1, 0)  # the sampler's own plan is ignored
 
 
 def test_noise_is_never_chosen():
@@ -199,16 +222,19 @@ def test_budget_and_tolerance():
 
 
 def test_measured_seconds_and_one_program():
-    networks = [gaussian("a", shifted(0.1)), gaussian("b")]
+    traced = []
+
+    def counted(x0, x, knot):
+        traced.append(x0)
+        return x0 + 0.1
+
+    networks = [gaussian("a", counted), gaussian("b")]
     found = calibrate(networks, costs="seconds")
     assert (found.costs > 0).all()
-    programs = calibrate._measure._cache_size()
+    programs = len(traced)
     assert programs > 0
-    ts.calibrate(
-        jax.random.key(7), networks, steps=STEPS, cfg_scale=None, conditions=24, costs="seconds",
-        labels=[1, 2], budget=1.0,
-    )  # fmt: skip
-    assert calibrate._measure._cache_size() == programs
+    calibrate(networks, seed=7, costs="seconds", labels=[1, 2], budget=1.0)
+    assert len(traced) == programs
 
 
 @st.composite
@@ -241,7 +267,7 @@ def brute_force(gram, costs, allowed, free):
 def found_by_search(gram, costs, allowed, free):
     count, steps = costs.shape
     found = {}
-    for plan in calibrate._search(gram, allowed, free):
+    for plan in calibration._search(gram, allowed, free):
         entries = [k * steps + i for i, k in enumerate(plan) if k < count - 1]
         counts = tuple(np.bincount(plan, minlength=count))
         assert counts not in found
@@ -297,8 +323,8 @@ def test_the_search_among_free_plans_where_errors_are_independent(problem):
 def test_long_plans_of_many_networks_are_looked_through_in_blocks():
     count, steps = 4, 250
     gram = np.eye((count - 1) * steps)
-    plans = calibrate._search(gram, np.ones((count, steps), bool), False)
-    assert 1000 < len(plans) <= calibrate._STATES
+    plans = calibration._search(gram, np.ones((count, steps), bool), False)
+    assert 1000 < len(plans) <= calibration._STATES
     assert all(len(plan) == steps and plan == sorted(plan) for plan in plans)
 
 
@@ -310,9 +336,9 @@ def test_a_saved_calibration_is_a_plan(tmp_path):
     np.testing.assert_array_equal(plan.networks, found.plan.networks)
     about = json.loads((tmp_path / "plan.json").read_text())["calibration"]
     assert about["networks"] == ["a", "b"]
-    assert about["tolerance"] == calibrate.TOLERANCE
+    assert about["tolerance"] == calibration.TOLERANCE
     assert len(about["front"]) == len(found.front)
-    assert about["cfg_scale"] is None
+    assert about["guidance"] == [None, None]
     assert len(about["times"]) == STEPS + 1
     images = ts.sample(
         jax.random.key(0), networks, labels=[0], steps=STEPS, plan=plan, cfg_scale=None,
@@ -343,8 +369,7 @@ def test_what_speaks_against_stitching():
 def test_a_wrong_schedule_is_noticed():
     right = ts.load("fashion-s")
     wrong = dataclasses.replace(right, schedule=ts.make_schedule("linear"))
-    options = dict(steps=6, conditions=6, costs="macs")
-    warnings = ts.calibrate(jax.random.key(0), [wrong, right], **options).warnings
+    warnings = calibrate([wrong, right], steps=6, conditions=6, cfg_scale=1.5).warnings
     assert any("does more damage than a linear filter" in each for each in warnings)
 
 
@@ -363,7 +388,6 @@ def test_a_wrong_schedule_is_noticed():
         (2, dict(labels=[[0, 1], [0, 1, 2]]), "labels for the same images, got 2 and 3"),
         (2, dict(labels=[[], []]), r"labels must be a list of whole numbers, .*, got \[\]"),
         (2, dict(budget=101), "no plan is 101 times as quick as b alone; the quickest is 1.00"),
-        (2, dict(fractions=[0.5, 0.5]), "no option 'fractions'; choose from context, prompts"),
         (2, dict(solver="dmid"), "unknown solver 'dmid'"),
         (2, dict(steps=0), "steps"),
     ],
@@ -373,7 +397,7 @@ def test_bad_input(networks, options, message):
         calibrate([gaussian("a"), gaussian("b")][:networks], **options)
 
 
-def test_other_bad_input():
+def test_other_bad_input(monkeypatch):
     networks = [gaussian("a"), gaussian("b")]
     with pytest.raises(ValueError, match="plans of 12 steps by 2 networks, got"):
         calibrate(networks).predict(ts.Plan.from_counts([3, 3]))
@@ -385,6 +409,10 @@ def test_other_bad_input():
     broken = gaussian("a", lambda x0, x, knot: x0 / 0)
     with pytest.raises(FloatingPointError, match="not finite"):
         calibrate([broken, gaussian("b")])
+    # As users call it, without the tests' own checks of types.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"sampler must be a ts\.Sampler, got \[Network"):
+        ts.calibrate(jax.random.key(0), networks)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -19,9 +19,12 @@ from PIL import Image
 
 import tstitch_jax as ts
 from tstitch_jax import cli
+from tstitch_jax.cli.text import load_config
 from tstitch_jax.hub import resolve
 from tstitch_jax.models import store
 from tstitch_jax.report import pictures
+from tstitch_jax.sampling.program import SampleRequest
+from tstitch_jax.training import ClassifierConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -268,7 +271,7 @@ def test_bad_input(capsys, tmp_path, folders, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     ts.Plan.from_counts([1, 2]).save("short.json")
-    monkeypatch.setattr("tstitch_jax.sampling.sampler._sample", None)  # nothing may be compiled
+    monkeypatch.setattr(SampleRequest, "lower", None)  # nothing may be compiled
     arguments = [folders.get(a, a) for a in arguments]
     status, out, err = run(capsys, "sample", *arguments)
     assert status == 2
@@ -319,13 +322,16 @@ def test_train(capsys, tmp_path, monkeypatch):
     assert pictures_made == ["preview_000020.png", "preview_000030.png"]
 
 
+KINDS = TrainConfig, ClassifierConfig
+
+
 def test_the_projects_configurations_are_the_embedded_networks():
     for name in resolve.embedded_names():
         card = store.read_card(resolve.find(name))
-        config = cli.networks._load_config(str(ROOT / card.source.removeprefix("tstitch train ")))
+        config = load_config(str(ROOT / card.source.removeprefix("tstitch train ")), *KINDS)
         first = ROOT / "configs" / f"{Path(config.init).parent.name}.py"
         if config.init:
-            assert cli.networks._load_config(str(first)).card.config == card.config
+            assert load_config(str(first), *KINDS).card.config == card.config
         # The embedded ones were trained on a copy of the data with another split.
         others = dict.fromkeys(("num_params", "macs", "checksum", "data"))
         told = ({**dataclasses.asdict(each), **others} for each in (config.card, card))
@@ -484,7 +490,7 @@ def texts(tmp_path_factory):
 def test_prompts(texts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.sampling, "REPEATS", 1)
-    monkeypatch.setattr(ts, "load", functools.cache(ts.load))
+    monkeypatch.setattr(resolve, "load", functools.cache(resolve.load))
     pair = ["--networks", texts["a"], texts["b"], "--fractions", "0.3", "0.7", "--steps", "3"]
     status, out, err = run(
         capsys, "sample", *pair, "--prompt", "a cat", "two dogs", "--prompt", "x", "--negative",

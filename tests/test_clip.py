@@ -63,7 +63,7 @@ def test_text_encoder(encoder):
     for i in range(3):
         found = layers[f"block_{i}"]["__call__"][0]
         assert relative(found, EXPECTED[f"text/hidden_{i + 1}"]) < LIMIT
-    context = encoder.encode(encoder.params, IDS)
+    context = encoder.model(IDS)
     assert context.shape == (len(IDS), 77, 32)
     assert relative(context, EXPECTED["text/output"]) < LIMIT
     assert (encoder.tokens, encoder.width) == (77, 32)
@@ -72,9 +72,9 @@ def test_text_encoder(encoder):
 def test_the_penultimate_block(encoder):
     card = dataclasses.replace(encoder.card, config={**encoder.card.config, "skip": 1})
     other = ts.make_text_encoder(card, encoder.params, tokenizer=encoder.tokenizer.files)
-    assert relative(other.encode(other.params, IDS), EXPECTED["text/penultimate"]) < LIMIT
+    assert relative(other.model(IDS), EXPECTED["text/penultimate"]) < LIMIT
     # What is left out costs nothing in a program.
-    text = jax.jit(other.encode).lower(other.params, IDS).compile().as_text()
+    text = jax.jit(lambda model, ids: model(ids)).lower(other.model, IDS).compile().as_text()
     assert "block_1" in text
     assert "block_2" not in text
     with pytest.raises(ValueError, match="skip must be 0 to 2, got 3"):
@@ -91,7 +91,7 @@ def test_texts_to_contexts(encoder):
 
 def test_tokens_do_not_see_those_after_them(encoder):
     changed = IDS.at[:, 5].set(7)
-    one, other = (encoder.encode(encoder.params, ids) for ids in (IDS, changed))
+    one, other = (encoder.model(ids) for ids in (IDS, changed))
     np.testing.assert_array_equal(one[:, :5], other[:, :5])
     assert (jnp.abs(one - other)[:, 5:].max((0, 2)) > 1e-4).all()
 
@@ -113,7 +113,7 @@ def test_text_tower_of_clip(clip):
         found = layers["text_tower"][f"block_{i}"]["__call__"][0]
         assert relative(found, EXPECTED[f"clip/text_tower/block_{i}"]) < LIMIT
     assert relative(output, EXPECTED["clip/texts"]) < LIMIT
-    assert relative(clip.embed(clip.params, IDS), EXPECTED["clip/texts"]) < LIMIT
+    assert relative(clip.model.embed(IDS), EXPECTED["clip/texts"]) < LIMIT
 
 
 @pytest.mark.parametrize("i", range(len(IMAGE_SIZES)), ids=[f"{h}x{w}" for h, w in IMAGE_SIZES])
@@ -121,7 +121,7 @@ def test_images_as_pillow_prepares_them(clip, i):
     pixels = pixels_of(IMAGE_SIZES[i])
     found = jax.jit(lambda x: prepare(x, 32))(jnp.asarray(pixels, jnp.float32))
     np.testing.assert_allclose(found, EXPECTED[f"clip/prepared_{i}"], atol=1e-5, rtol=0)
-    features = clip.extract(clip.params, jnp.asarray(pixels))
+    features = clip.model(jnp.asarray(pixels))
     assert features.logits is None
     assert relative(features.pool, EXPECTED[f"clip/images_{i}"]) < LIMIT
 
@@ -130,14 +130,14 @@ def test_cosines(clip):
     def unit(x):
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
-    images = clip.extract(clip.params, jnp.asarray(pixels_of(IMAGE_SIZES[-1]))).pool
-    found = unit(images) @ unit(clip.embed(clip.params, IDS)).T
+    images = clip.model(jnp.asarray(pixels_of(IMAGE_SIZES[-1]))).pool
+    found = unit(images) @ unit(clip.model.embed(IDS)).T
     assert relative(found, EXPECTED["clip/cosines"]) < LIMIT
 
 
 def test_bfloat16_is_close(folders, encoder, clip):
     half = ts.load(folders / "text", jnp.bfloat16)
-    context = half.encode(half.params, IDS)
+    context = half.model(IDS)
     assert context.dtype == jnp.float32
     assert 0 < relative(context, EXPECTED["text/output"]) < 0.05
     kept = {leaf.dtype.name for leaf in jax.tree.leaves(half.params)}
@@ -145,7 +145,7 @@ def test_bfloat16_is_close(folders, encoder, clip):
     assert half.params["table"]["embedding"].dtype == jnp.bfloat16
     assert half.params["norm_out"]["scale"].dtype == jnp.float32
     half = ts.load(folders / "clip", jnp.bfloat16)
-    pool = half.extract(half.params, jnp.asarray(pixels_of(IMAGE_SIZES[0]))).pool
+    pool = half.model(jnp.asarray(pixels_of(IMAGE_SIZES[0]))).pool
     assert half.dtype == "bfloat16"
     assert pool.dtype == jnp.float32
     assert 0 < relative(pool, EXPECTED["clip/images_0"]) < 0.05
@@ -278,25 +278,26 @@ def test_round_trip(encoder, clip, tmp_path):
         assert loaded.card == network.card
         jax.tree.map(np.testing.assert_array_equal, loaded.params, network.params)
         assert loaded.tokenizer.files == network.tokenizer.files
-    # The same function, so that jit does not compile again.
-    ts.save(tmp_path / "net", encoder)
-    assert ts.load(tmp_path / "net").encode is encoder.encode
-    assert ts.load(tmp_path / "net", mesh=ts.make_mesh()).encode is encoder.encode
+        run = jax.jit(lambda model: jax.tree.leaves(model)[0])
+        run(loaded.model)
+        run(ts.load(tmp_path / "net").model)
+        assert run._cache_size() == 1
+        placed = ts.load(tmp_path / "net", mesh=ts.make_mesh())
+        for other in (loaded, placed):
+            assert jax.tree.structure(other.model) == jax.tree.structure(network.model)
     bare = ts.make_text_encoder(encoder.card, encoder.params)
     assert bare.tokenizer is None
     with pytest.raises(ValueError, match="text has no tokenizer, and its folder must"):
         ts.save(tmp_path / "other", bare)
     bare = ts.make_feature_network(clip.card, clip.params)
-    assert bare.embed is clip.embed
+    assert jax.tree.structure(bare.model) == jax.tree.structure(clip.model)
     with pytest.raises(ValueError, match="clip has no tokenizer"):
         ts.save(tmp_path / "other", bare)
 
 
 def test_contexts_on_a_mesh_are_the_same(encoder):
     placed = ts.shard(encoder, ts.make_mesh(devices=jax.devices()[:2]))
-    np.testing.assert_allclose(
-        placed.encode(placed.params, IDS), encoder.encode(encoder.params, IDS), atol=1e-5
-    )
+    np.testing.assert_allclose(placed.model(IDS), encoder.model(IDS), atol=1e-5)
 
 
 def test_damaged_tokenizers_of_folders(folders, tmp_path):
@@ -344,9 +345,9 @@ def test_sizes_that_cannot_be(changes, text):
 
 def test_other_inputs_are_refused(encoder, clip):
     with pytest.raises(ValueError, match=r"built for 77 tokens, got ids of \(1, 76\)"):
-        encoder.encode(encoder.params, jnp.zeros((1, 76), jnp.int32))
+        encoder.model(jnp.zeros((1, 76), jnp.int32))
     with pytest.raises(ValueError, match=r"\[B, H, W, 3\], got \(1, 9, 9, 1\)"):
-        clip.extract(clip.params, jnp.zeros((1, 9, 9, 1)))
+        clip.model(jnp.zeros((1, 9, 9, 1)))
     with pytest.raises(ValueError, match=r"image_shape must be \(S, S, 3\), got \(32, 24, 3\)"):
         CLIP({}, {}, 8, (32, 24, 3))
     size = dict(width=32, depth=1, num_heads=4, mlp_width=64, patch=7)

@@ -9,6 +9,7 @@ import pytest
 from helpers import random_params, relative, tiny_card
 
 from tstitch_jax.core.grids import make_knots
+from tstitch_jax.core.types import Condition
 from tstitch_jax.models import dit
 from tstitch_jax.models.build import make_network, module_of
 from tstitch_jax.models.families import (
@@ -113,9 +114,9 @@ def test_weights_are_held_in_the_compute_dtype(standard_promotion):
     }
     # The same bits as if they were cast in every pass.
     knot = jax.tree.map(lambda v: jnp.asarray(v[3]), make_knots(network.schedule, 10))
-    arguments = images(8, 8, 4), knot, jnp.array([0, 10])
-    whole = network.denoiser(params, *arguments)
-    np.testing.assert_array_equal(network.denoiser(network.params, *arguments).eps, whole.eps)
+    arguments = images(8, 8, 4), knot, Condition(jnp.array([0, 10]))
+    whole = network.with_params(params).denoiser(*arguments)
+    np.testing.assert_array_equal(network.denoiser(*arguments).eps, whole.eps)
     # and the card is that of the parameters as they were given
     assert network.card.checksum == make_network(card, params).card.checksum
 

@@ -18,18 +18,27 @@ from tstitch_jax.evaluation import Evaluation, evaluate, frechet_distance, open_
 from tstitch_jax.evaluation.features import Extractor
 from tstitch_jax.evaluation.sources import from_array
 from tstitch_jax.models.cards import FeatureCard
-from tstitch_jax.models.types import FeatureNetwork, Features
+from tstitch_jax.models.types import FeatureModel, FeatureNetwork, Features
 
 SIDE, CLASSES = 6, 3
 
 
-def extract(params, pixels):
-    """A stand-in for a network: random directions of the pixels, with a spatial part."""
-    if pixels.size != len(pixels) * len(params["pool"]):
-        raise ValueError(f"takes {len(params['pool'])} numbers an image, got {pixels.shape}")
-    x = jnp.asarray(pixels, jnp.float32) / 128 - 1
-    pool = jnp.tanh(x.reshape(len(x), -1) @ params["pool"])
-    return Features(pool, pool @ params["logits"], x[:, ::2, ::2, 0].reshape(len(x), -1))
+class Directions:
+    """A stand-in for a module: random directions of the pixels, with a spatial part."""
+
+    def apply(self, variables, pixels, method):
+        params = variables["params"]
+        if pixels.size != len(pixels) * len(params["pool"]):
+            raise ValueError(f"takes {len(params['pool'])} numbers an image, got {pixels.shape}")
+        x = pixels / 128 - 1
+        pool = jnp.tanh(x.reshape(len(x), -1) @ params["pool"])
+        return Features(pool, pool @ params["logits"], x[:, ::2, ::2, 0].reshape(len(x), -1))
+
+
+class NotFinite(Directions):
+    def apply(self, variables, pixels, method):
+        features = super().apply(variables, pixels, method)
+        return features._replace(pool=jnp.full_like(features.pool, jnp.nan))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,7 @@ def network():
         name="inception", architecture="classifier", config={}, image_shape=(SIDE, SIDE, 3),
         num_classes=CLASSES, class_names=("a", "b", "c"), checksum="c" * 64,
     )  # fmt: skip
-    return FeatureNetwork(extract, params, card)
+    return FeatureNetwork(FeatureModel(params, Directions()), card)
 
 
 def images(num, seed=0, shape=(SIDE, SIDE, 3), low=0):
@@ -52,7 +61,7 @@ def images(num, seed=0, shape=(SIDE, SIDE, 3), low=0):
 
 
 def direct(network, pixels):
-    return jax.tree.map(np.asarray, network.extract(network.params, jnp.asarray(pixels)))
+    return jax.tree.map(np.asarray, network.model(jnp.asarray(pixels)))
 
 
 @pytest.fixture(scope="module")
@@ -485,21 +494,19 @@ def test_a_cache_that_cannot_be_written_stops_nothing(network, sets, measured, t
 
 
 def test_features_that_are_not_finite_are_refused(sets):
-    def broken(params, pixels):
-        return extract(params, pixels)._replace(pool=jnp.full((len(pixels), 2), jnp.nan))
-
     card = FeatureCard(
         name="x", architecture="classifier", config={}, image_shape=(SIDE, SIDE, 3), num_classes=3
     )
     params = {"pool": jnp.zeros((SIDE * SIDE * 3, 12)), "logits": jnp.zeros((12, 3))}
+    network = FeatureNetwork(FeatureModel(params, NotFinite()), card)
     with pytest.raises(ValueError, match="not finite; with bfloat16 try float32"):
-        evaluate(*sets, features=FeatureNetwork(broken, params, card), progress=False)
+        evaluate(*sets, features=network, progress=False)
 
 
 def test_colour_is_refused_by_a_network_of_grey_images(network, sets):
     card = dataclasses.replace(network.card, image_shape=(SIDE, SIDE, 1))
     params = dict(network.params, pool=network.params["pool"][:36])
-    grey = dataclasses.replace(network, card=card, params=params)
+    grey = dataclasses.replace(network.with_params(params), card=card)
     with pytest.raises(ValueError, match="is in colour"):
         evaluate(*sets, features=grey, progress=False)
     same = np.repeat(sets[0][..., :1], 3, axis=3)
@@ -514,7 +521,7 @@ def test_colour_is_refused_by_a_network_of_grey_images(network, sets):
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generated") / "samples"
-    ts.generate(folder, [ts.load("fashion-s")], num=20, steps=4, progress=False)
+    ts.generate(folder, ts.Sampler("fashion-s", steps=4), num=20, progress=False)
     return folder
 
 

@@ -18,6 +18,8 @@ from checkpoints_convert import convert
 
 KEY = jax.random.key(7)
 OPTIONS = dict(steps=4, solver="ddpm", cfg_scale=[1.5, None])
+HALVES = dict(plan=[0.5, 0.5], steps=4, solver="ddpm", guidance=[1.5, None])
+"""The same as options of a sampler."""
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,7 @@ assert not {"tstitch_jax", "flax", "orbax"} & set(sys.modules)
 def test_jax_alone_samples_the_same(parts, tmp_path):
     networks, coder = parts
     file = tmp_path / "sampler.npz"
-    ts.export(file, networks, labels=[1, 2], seed=7, fractions=[0.5, 0.5], autoencoder=coder,
-              **OPTIONS)  # fmt: skip
+    ts.export(file, ts.Sampler(networks, autoencoder=coder, **HALVES), labels=[1, 2], seed=7)
     outputs = [tmp_path / "a.npy", tmp_path / "b.npy"]
     subprocess.run([sys.executable, "-c", LOAD, file, *outputs], check=True)
     for output, key, more in (
@@ -67,8 +68,8 @@ def test_pieces_are_for_tpus_alone(parts, tmp_path):
 
     def export(rows, *platforms):
         networks = [dataclasses.replace(network, rows=rows) for network in parts[0]]
-        ts.export(file, networks, labels=[1, 2, 3, 4, 5], fractions=[0.5, 0.5], decode=False,
-                  platforms=platforms, **OPTIONS)  # fmt: skip
+        sampler = ts.Sampler(networks, **HALVES)
+        ts.export(file, sampler, labels=[1, 2, 3, 4, 5], decode=False, platforms=platforms)
         stored = np.load(file)
         program = jax.export.deserialize(bytearray(stored["program"]))
         return program, stored, program.mlir_module().count("stablehlo.while")
@@ -87,44 +88,45 @@ def test_pieces_are_for_tpus_alone(parts, tmp_path):
 def test_bfloat16_and_no_guidance(tmp_path, standard_promotion):
     network = ts.load("fashion-s", jnp.bfloat16)
     file = tmp_path / "sampler.npz"
-    ts.export(file, [network], labels=[3], steps=2, cfg_scale=None, platforms=["cuda"])
+    sampler = ts.Sampler(network, steps=2, guidance=None)
+    ts.export(file, sampler, labels=[3], platforms=["cuda"])
     stored = np.load(file)
     assert stored["scales"].shape == (0,)
     program = jax.export.deserialize(bytearray(stored["program"]))
     assert program.platforms == ("cuda",)
     assert "bf16" in program.mlir_module()
     assert Path(file).stat().st_size < sum(4 * v.size for v in jax.tree.leaves(network.params))
-    ts.export(file, [network], labels=[3], steps=2, cfg_scale=None, platforms=["cpu"])
+    ts.export(file, sampler, labels=[3], platforms=["cpu"])
     stored = np.load(file)
     weights = [stored[name] for name in stored.files if name.startswith("weight_")]
     draw = jax.export.deserialize(bytearray(stored["program"])).call
     found = draw(weights, *(stored[name] for name in ("seed", "labels", "plan", "scales")))
-    expected = ts.sample(jax.random.key(0), [network], labels=[3], steps=2, cfg_scale=None)
+    expected = sampler(jax.random.key(0), labels=[3]).images
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_bad_input(parts, tmp_path):
     networks, coder = parts
     file = tmp_path / "sampler.npz"
+    sampler = ts.Sampler(networks, plan=[0.5, 0.5], steps=2)
 
-    def export(**more):
-        ts.export(file, networks, **(dict(labels=[1], fractions=[0.5, 0.5], steps=2) | more))
+    def export(sampler=sampler, **more):
+        ts.export(file, sampler, **(dict(labels=[1]) | more))
 
     with pytest.raises(ValueError, match=r"some of cpu, cuda, rocm, tpu, got \['metal'\]"):
         export(platforms=["cpu", "metal"])
     with pytest.raises(ValueError, match="makes latents"):
         export()
     with pytest.raises(ValueError, match="labels must be 0 to 9, got 10"):
-        export(labels=[10], autoencoder=coder)
+        export(sampler.replace(autoencoder=coder), labels=[10])
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=f"seed must be .* 0 to 4294967295, got {seed}"):
-            export(labels=[1], seed=seed, decode=False)
-    with pytest.raises(ValueError, match="noise and start cannot be exported"):
-        export(noise=np.zeros((1, 8, 8, 4)), decode=False)
+            export(seed=seed, decode=False)
+    with pytest.raises(ValueError, match="the same labels, or the same contexts, for all networks"):
+        export(labels=[[1], [2]], decode=False)
     there = [ts.shard(network, ts.make_mesh()) for network in networks]
     with pytest.raises(ValueError, match="not on a mesh"):
-        ts.export(file, there, labels=[1])
+        export(sampler.replace(networks=there), decode=False)
     with pytest.raises(ValueError, match=r"cannot write /proc/sampler\.npz"):
-        ts.export("/proc/sampler.npz", networks, labels=[1], fractions=[0.5, 0.5], steps=2,
-                  decode=False)  # fmt: skip
+        ts.export("/proc/sampler.npz", sampler, labels=[1], decode=False)
     assert not file.exists()

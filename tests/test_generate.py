@@ -1,6 +1,7 @@
 """Many images: stopped anywhere, the folder ends the same to the byte."""
 
 import dataclasses
+import inspect
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from conftest import UNOPTIMISED
@@ -25,8 +27,7 @@ import tstitch_jax as ts
 from tstitch_jax import cli
 from tstitch_jax.jobs.hosts import Hosts
 from tstitch_jax.jobs.shards import Shards
-
-OPTIONS = dict(num=15, batch=2, steps=3, progress=False)
+from tstitch_jax.sampling.sampler import make_sampler
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,11 @@ def network():
     return tiny_network(image_shape=(8, 8, 3), guidance_channels=None)
 
 
-def generate(out, network, **more):
-    return ts.generate(out, [network], **(OPTIONS | more))
+def generate(out, *networks, **options):
+    """``ts.generate`` with options of both a sampler and a job."""
+    options = dict(num=15, batch=2, steps=3, progress=False) | options
+    job = {k: options.pop(k) for k in inspect.signature(ts.generate).parameters if k in options}
+    return ts.generate(out, make_sampler(networks, **options), **job)
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +176,12 @@ def test_damaged_shards_are_made_again(network, unbroken, tmp_path, written):
         (dict(steps=4), r"plan was .0, 0, 0., is .*; times had 4 entries, has 5"),
         (dict(batch=3), "batch was 2, is 3"),
         (dict(labels=[1, 2]), r"labels had 10 entries, has 2"),
-        (dict(cfg_scale=None), "cfg_scale was 1.5, is null"),
-        (dict(solver="ddpm"), 'solver was "ddim", is "ddpm"'),
+        (dict(cfg_scale=None), r"guidance was \[1.5\], is \[null\]"),
+        (dict(cfg_rescale=0.5), "rescale was 0.0, is 0.5"),
+        (dict(cfg_interval=(0.1, 5)), r"interval was null, is \[0.1, 5.0\]"),
+        (dict(cfg_channels=2), r"channels\[0\] was null, is 2|channels was \[null\], is \[2\]"),
+        (dict(solver="ddpm"), "solver.* was .*, is "),
+        (dict(eta=0.5), "(solver|eta).* was .*, is "),
     ],
 )
 def test_other_settings_are_refused(network, unbroken, change, message):
@@ -181,6 +189,33 @@ def test_other_settings_are_refused(network, unbroken, change, message):
     with pytest.raises(ValueError, match=f"holds images of other settings: .*{message}"):
         generate(unbroken.parent, network, **change)
     assert before == sorted(p.stat().st_mtime_ns for p in unbroken.parent.rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (dict(solver="ddim", eta=1.0), dict(solver="ddim", eta=0.5)),
+        (dict(solver="dpmpp"), dict(solver="dpmpp_3")),
+    ],
+)
+def test_options_of_a_solver_are_settings(network, tmp_path, first, second):
+    generate(tmp_path / "job", network, num=1, **first)
+    with pytest.raises(ValueError, match="holds images of other settings: solver"):
+        generate(tmp_path / "job", network, num=1, **second)
+
+
+@pytest.mark.parametrize("number", [3, 5])
+def test_jobs_of_other_releases_are_refused(network, unbroken, tmp_path, number):
+    (tmp_path / "settings.json").write_text(json.dumps({"format": number, "seed": 0}))
+    message = rf"begun by another release \(format {number}, this one writes 4\)"
+    with pytest.raises(ValueError, match=rf"{tmp_path} was {message}.*; choose another folder"):
+        generate(tmp_path, network)
+
+
+def test_names_of_classes_are_labels(network, unbroken):
+    card = dataclasses.replace(network.card, class_names=tuple("abcdefghij"))
+    named = ts.make_network(card, network.params)
+    assert same(generate(unbroken.parent, named, labels=[*"abcde", *range(5, 10)]), unbroken)
 
 
 def test_other_weights_are_refused(unbroken):
@@ -289,7 +324,7 @@ def test_a_full_disk_loses_nothing(network, unbroken, tmp_path):
     assert same(generate(job, network), unbroken)
 
 
-def test_bad_input(network, tmp_path):
+def test_bad_input(network, tmp_path, monkeypatch):
     out = tmp_path / "job"
     for change, message in (
         (dict(num=0), r"num must be a whole number of at least 1, got 0"),
@@ -299,25 +334,29 @@ def test_bad_input(network, tmp_path):
         (dict(batch=10**12), r"batch must be a whole number, 1 to 65536, got 1000000000000"),
         (dict(labels=[11]), r"labels must be 0 to 9, got 11"),
         (dict(labels=[]), r"labels must be a list"),
-        (dict(solver=ts.ddim()), r"solver by name"),
+        (dict(labels=[[0, 1]]), r"labels must be one list of class labels for all networks, got"),
+        (dict(negative="x"), r"negative goes with prompts"),
         (dict(steps=0), r"0"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(out, network, **change)
-    with pytest.raises(ValueError, match=r"generate takes no noise; its options are fractions"):
-        generate(out, network, noise=1)
     with pytest.raises(ValueError, match=r"makes latents of 4 channels"):
         generate(out, tiny_network())
     few = tiny_network(image_shape=(8, 8, 3), guidance_channels=None, name="few", num_classes=5)
     with pytest.raises(ValueError, match=r"few and .* differ in their number of classes"):
-        ts.generate(out, [few, network], num=2, batch=2, steps=2, progress=False)
+        generate(out, few, network, fractions=[0.5, 0.5])
+    # As users call it, without the tests' own checks of types.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"sampler must be a ts\.Sampler, got \[Network"):
+        ts.generate(out, [network], num=2)
     assert not out.exists()
 
 
 def test_images_that_are_not_finite_are_not_kept(tmp_path):
     network = tiny_network(image_shape=(8, 8, 3), guidance_channels=None)
-    bad = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), network.params)
-    broken = ts.Network(network.denoiser, bad, network.card, network.schedule)
+    broken = network.with_params(
+        jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), network.params)
+    )
     with pytest.raises(FloatingPointError, match=r"image 0 is not finite"):
         generate(tmp_path / "job", broken)
     assert not list((tmp_path / "job" / "shards").iterdir())

@@ -101,7 +101,8 @@ def test_convolutions_are_alike_in_each_form(kernel, stride):
 
 def test_bfloat16_is_close(folder, found):
     network = store.load(folder, jnp.bfloat16)
-    features = jax.jit(network.extract)(network.params, jnp.asarray(pixels_of(SIZES[0])))
+    pixels = jnp.asarray(pixels_of(SIZES[0]))
+    features = jax.jit(lambda model, x: model(x))(network.model, pixels)
     assert network.dtype == "bfloat16"
     assert all(value.dtype == jnp.float32 for value in features)
     assert 0 < relative(features.pool, found["pool"]) < 0.05
@@ -109,7 +110,7 @@ def test_bfloat16_is_close(folder, found):
 
 def test_other_channels_are_refused(network):
     with pytest.raises(ValueError, match=r"\[B, H, W, 3\], got \(1, 9, 9, 1\)"):
-        network.extract(network.params, jnp.zeros((1, 9, 9, 1)))
+        network.model(jnp.zeros((1, 9, 9, 1)))
 
 
 def test_damaged_checkpoints_are_refused(tensors, tmp_path):

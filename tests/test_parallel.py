@@ -1,6 +1,5 @@
 """Many devices: the same images on any mesh, and nothing that makes a device wait for another."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import GOLDEN, relative, tiny_network
+from helpers import GOLDEN, relative, request_of, tiny_network
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
 from tstitch_jax.models import autoencoder as autoencoder_module
-from tstitch_jax.sampling import sampler
+from tstitch_jax.models.devices import mesh_of
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from tpu_aot import COLLECTIVES
@@ -94,8 +93,8 @@ def test_noise_and_start_are_spread(pair, coder):
 def test_no_collective_where_images_are_spread(pair, coder, solver, monkeypatch):
     """Also where the decoder works in pieces of the batch."""
     monkeypatch.setattr(autoencoder_module, "CHUNK_PIXELS", 16 * 16)
-    *networks, there = on(ts.make_mesh(), *pair, dataclasses.replace(coder))
-    request = sampler.prepare(
+    *networks, there = on(ts.make_mesh(), *pair, coder)
+    request = request_of(
         KEY, networks, labels=LABELS * 2, fractions=[0.4, 0.6], steps=5, solver=solver,
         cfg_rescale=0.5, cfg_interval=(0.1, 5.0), autoencoder=there,
     )  # fmt: skip
@@ -107,8 +106,7 @@ def test_no_collective_where_images_are_spread(pair, coder, solver, monkeypatch)
 def test_collectives_of_a_split_network_are_found(pair):
     """The pattern does find what a split network needs."""
     split = on(ts.make_mesh(4), *pair)
-    request = sampler.prepare(KEY, split, labels=[1, 2], fractions=[0.4, 0.6], steps=5,
-                               decode=False)  # fmt: skip
+    request = request_of(KEY, split, labels=[1, 2], fractions=[0.4, 0.6], steps=5, decode=False)
     assert COLLECTIVES.search(request.compile().as_text())
 
 
@@ -117,24 +115,25 @@ def pieces(pair):
     schedule = pair[1].schedule
     knots = ts.make_knots(schedule, 5)
     plan = ts.Plan.from_fractions([0.4, 0.6], knots, schedule)
-    both = ts.stitch([ts.cfg(n.denoiser, 1.5, 10, 3) for n in pair], plan)
+    both = ts.stitch([ts.cfg(n.denoiser, 1.5, 3) for n in pair], plan)
 
-    def draw(params, indices, labels):
+    def draw(denoiser, indices, labels):
         keys = ts.image_keys(KEY, indices)
         x = ts.draw_noise(keys, 0, (8, 8, 4))
-        return ts.run(both, ts.ddpm(), knots, x, params=params, cond=labels, keys=keys)
+        cond = ts.Condition(labels, jnp.full_like(labels, 10))
+        return ts.run(denoiser, ts.ddpm(), knots, x, cond=cond, keys=keys)
 
-    return draw, [n.params for n in pair]
+    return draw, both
 
 
 def test_pieces_under_pmap_shard_map_and_jit(pair):
-    draw, params = pieces(pair)
+    draw, denoiser = pieces(pair)
     indices, labels = jnp.arange(8, dtype=jnp.int32), jnp.asarray(LABELS, jnp.int32)
-    expected = jax.jit(draw)(params, indices, labels)
+    expected = jax.jit(draw)(denoiser, indices, labels)
     assert relative(expected, sample(pair, decode=False)) < 1e-5
 
     mapped = jax.pmap(draw, in_axes=(None, 0, 0))(
-        params, indices.reshape(8, 1), labels.reshape(8, 1)
+        denoiser, indices.reshape(8, 1), labels.reshape(8, 1)
     )
     assert relative(mapped[:, 0], expected) < 1e-5
 
@@ -142,22 +141,28 @@ def test_pieces_under_pmap_shard_map_and_jit(pair):
     spread, everywhere = PartitionSpec("data"), PartitionSpec()
     mapped = jax.jit(
         jax.shard_map(draw, mesh=mesh, in_specs=(everywhere, spread, spread), out_specs=spread)
-    )(params, indices, labels)
+    )(denoiser, indices, labels)
     assert relative(mapped, expected) < 1e-5
 
     def place(spec):
         return NamedSharding(mesh, spec)
 
     spread = jax.jit(draw, in_shardings=(place(everywhere), place(spread), place(spread)))
-    assert relative(spread(params, indices, labels), expected) < 1e-5
+    assert relative(spread(denoiser, indices, labels), expected) < 1e-5
 
 
 def test_one_program_serves_every_plan_on_a_mesh(pair):
     networks = on(ts.make_mesh(devices=jax.devices()[:2]), *pair)
-    before = sampler._sample._cache_size()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
     for fraction in (0.0, 0.3, 1.0):
         sample(networks, [1, 2], fractions=[fraction, 1 - fraction], decode=False, steps=4)
-    assert sampler._sample._cache_size() == before + 1
+        if not fraction:
+            assert compiled
+            compiled.clear()
+    assert not compiled
 
 
 def test_a_network_is_loaded_onto_a_mesh(standard_promotion):
@@ -181,7 +186,7 @@ def test_meshes_as_users_make_them(pair, expected, coder):
         *networks, there = on(mesh, *pair, coder)
         found = sample(networks, autoencoder=there)
         assert relative(found, expected) < 1e-5
-        assert devices.mesh_of(*networks).shape["data"] == mesh.shape["data"]
+        assert mesh_of(*networks).shape["data"] == mesh.shape["data"]
 
 
 def test_bad_input(pair):

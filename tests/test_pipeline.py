@@ -1,16 +1,23 @@
-"""The short way: what it returns, and every error before anything is compiled."""
+"""High-level sampling: what ``ts.sample`` returns, and every error before anything is compiled."""
 
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from helpers import closed_network, random_params, relative, tiny_card, tiny_network
+from helpers import (
+    closed_network,
+    random_params,
+    relative,
+    request_of,
+    tiny_card,
+    tiny_network,
+)
 
 import tstitch_jax as ts
 from tstitch_jax.models import build
 from tstitch_jax.models.families import SIZES, param_shapes
-from tstitch_jax.sampling import sampler
+from tstitch_jax.sampling.program import SampleRequest
 
 KEY = jax.random.key(0)
 
@@ -31,7 +38,7 @@ def request(pair, **changes):
     return ts.sample(key, networks, **{**options, **changes})
 
 
-def test_returns_what_it_says(transformers):
+def test_shapes_and_dtypes(transformers):
     x = request(transformers)
     assert x.shape == (2, 8, 8, 4)
     assert x.dtype == jnp.float32
@@ -89,14 +96,15 @@ def test_latents_are_decoded_in_the_same_executable(pair, autoencoder):
     images, trajectory = request(pair, decode=True, autoencoder=autoencoder, return_trajectory=True)
     assert images.shape == (2, 16, 16, 3)
     np.testing.assert_allclose(trajectory[-1], latents, rtol=1e-4, atol=1e-4)
-    decoded = autoencoder.decode(autoencoder.params, trajectory[-1])
+    decoded = autoencoder.decode(trajectory[-1])
     assert float(jnp.abs(decoded).max()) > 1  # so that clipping is seen
     np.testing.assert_allclose(images, jnp.clip(decoded, -1, 1), atol=1e-4)
-    sampling = sampler.prepare(
+    asked = request_of(
         KEY, pair, labels=[1, 2], fractions=[0.5, 0.5], steps=4, autoencoder=autoencoder
     )
-    np.testing.assert_allclose(sampling.compile()(sampling.inputs), images, atol=1e-5)
-    # Given, but not wanted.
+    (same,) = asked.compile()(asked.inputs)
+    np.testing.assert_allclose(same, images, atol=1e-5)
+    # An autoencoder that is not used changes nothing.
     same = request(pair, autoencoder=autoencoder)
     np.testing.assert_array_equal(same, latents)
 
@@ -121,10 +129,10 @@ def test_full_size_networks_by_shape(side, large):
         config={"widths": [128, 256, 512, 512], "layers": 2, "latent_channels": 4},
         scaling_factor=0.18215,
     )  # fmt: skip
-    request = sampler.prepare(
+    asked = request_of(
         KEY, networks, labels=[1, 2], fractions=[0.5, 0.5], steps=4, autoencoder=shapes(coder)
     )
-    images = jax.eval_shape(request.function, request.inputs)
+    (images,) = jax.eval_shape(asked.function, asked.inputs)
     assert images.shape == (2, 8 * side, 8 * side, 3)
     assert images.dtype == jnp.float32
 
@@ -209,22 +217,20 @@ def test_start_from_an_image(transformers, autoencoder):
         ts.ddim(),
         ts.last_steps(knots, 5),
         knots.alpha[5] * image + knots.sigma[5] * jnp.asarray(noise),
-        params=tuple(n.params for n in transformers),
         cond=jnp.array([1, 2]),
         return_trajectory=True,
     )
     assert relative(half, expected) < 1e-5
     # A little strength returns nearly the image, with an autoencoder nearly what it codes.
-    network = ts.make_network(
-        transformers[0].card, jax.tree.map(lambda p: 0 * p, transformers[0].params)
-    )
+    network = transformers[0]
+    network = network.with_params(jax.tree.map(jnp.zeros_like, network.params))
     little = request([network], fractions=None, start=image, strength=0.01, steps=100)
     assert relative(little, image) < 0.05
     pictures = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     coded = dict(autoencoder=autoencoder, decode=True, fractions=None, steps=100)
     found = request([network], start=pictures, strength=0.01, **coded)
-    latents = autoencoder.encode(autoencoder.params, jnp.asarray(pictures), None)
-    expected = jnp.clip(autoencoder.decode(autoencoder.params, latents), -1, 1)
+    latents = autoencoder.encode(jnp.asarray(pictures))
+    expected = jnp.clip(autoencoder.decode(latents), -1, 1)
     assert relative(found, expected) < 0.1
 
 
@@ -236,16 +242,16 @@ def test_labels_for_each_network(pair):
     knots = ts.make_knots(fewer.schedule, 4)
     plan = ts.Plan.from_fractions([0.5, 0.5], knots, fewer.schedule)
     denoisers = [
-        ts.with_cond(ts.cfg(n.denoiser, 1.5, n.card.num_classes, 3), lambda c, k=k: c[k])
-        for k, n in enumerate([pair[0], fewer])
+        ts.with_cond(ts.cfg(n.denoiser, 1.5, 3), k) for k, n in enumerate([pair[0], fewer])
     ]
     expected = ts.run(
         ts.stitch(denoisers, plan),
         ts.ddim(),
         knots,
         ts.draw_noise(ts.image_keys(KEY, jnp.arange(2)), 0, (8, 8, 4)),
-        params=(pair[0].params, fewer.params),
-        cond={0: jnp.array([8, 9]), 1: jnp.array([5, 6])},
+        cond=ts.Condition(
+            (jnp.array([8, 9]), jnp.array([5, 6])), (jnp.array([10, 10]), jnp.array([7, 7]))
+        ),
     )
     assert relative(found, expected) < 1e-5
 
@@ -286,7 +292,6 @@ def test_autoguidance(pair):
         ts.ddim(),
         knots,
         ts.draw_noise(ts.image_keys(KEY, jnp.arange(2)), 0, (8, 8, 4)),
-        params=(small.params, (large.params, small.params)),
         cond=jnp.array([1, 2]),
     )
     assert relative(found, expected) < 1e-5
@@ -303,6 +308,7 @@ def test_across_families(transformers):
     schedule = transformers[0].schedule
     knots = ts.make_knots(schedule, 4)
     x = ts.draw_noise(ts.image_keys(KEY, jnp.arange(2)), 0, (8, 8, 4))
+    cond = ts.Condition(jnp.array([1, 2]))
     for i in range(4):  # by hand, from the definitions
         a, s = float(knots.alpha[i]), float(knots.sigma[i])
         if i < 2:
@@ -310,11 +316,11 @@ def test_across_families(transformers):
             knot = ts.Knots(
                 jnp.int32(i), jnp.int32(i), jnp.float32(t), jnp.float32(1 - t), jnp.float32(t), 4
             )
-            said = flow.denoiser(flow.params, x / (a + s), knot, jnp.array([1, 2]))
+            prediction = flow.denoiser(x / (a + s), knot, cond)
         else:
             knot = jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), knots)
-            said = transformers[0].denoiser(transformers[0].params, x, knot, jnp.array([1, 2]))
-        x = knots.alpha[i + 1] * said.x0 + knots.sigma[i + 1] * said.eps
+            prediction = transformers[0].denoiser(x, knot, cond)
+        x = knots.alpha[i + 1] * prediction.x0 + knots.sigma[i + 1] * prediction.eps
     assert relative(found, x) < 1e-5
     # And the other way round, from the flow's pure noise, where the other network has none.
     assert np.isfinite(request([transformers[0], flow])).all()
@@ -336,8 +342,8 @@ BAD = [
     (dict(fractions=None, plan=ts.Plan.from_counts([4])), "plan is for 1 networks, got 2"),
     (dict(labels=[1, 10]), "labels must be 0 to 9, got 10"),
     (dict(labels=[-1]), "labels must be 0 to 9, got -1"),
-    (dict(labels=[]), "labels must be a list of whole numbers"),
-    (dict(labels=np.array([0.5])), "labels must be a list of whole numbers"),
+    (dict(labels=[]), "labels must be a list of class numbers"),
+    (dict(labels=np.array([0.5])), "labels must be a list of class numbers"),
     (dict(steps=0), "at least 1, got 0"),
     (dict(steps=1001), "at most the 1000 training times, got 1001"),
     (dict(solver="dimm"), "unknown solver 'dimm'; did you mean 'ddim'"),
@@ -349,10 +355,12 @@ BAD = [
     (dict(cfg_channels=0), "cfg_channels must be 1 to 4, .* got 0"),
     (dict(noise=np.zeros((3, 8, 8, 4))), r"noise must be \(2, 8, 8, 4\), one an image"),
     (
-        dict(decode=True, networks="latents"),
-        r"latents of 4 channels, not images; give autoencoder=ts.load\('sd-vae-ft-ema'\), or",
+        dict(decode=True),
+        r"b makes latents of 4 channels, .*; give autoencoder=ts.load\('sd-vae-ft-ema'\), or",
     ),
-    (dict(decode=True, autoencoder="sd-vae-ft-ema"), "'sd-vae-ft-ema' is no autoencoder; give one"),
+    (dict(decode=True, networks="latents"), "names the autoencoder nowhere; .*: unknown network"),
+    (dict(decode=True, autoencoder="fashion-s"), r"Network\('fashion-s', .*\) is no autoencoder"),
+    (dict(decode=True, autoencoder="fashoin-s"), "unknown network 'fashoin-s'; did you mean"),
     (dict(networks="autoencoders"), "their autoencoder differs, one and two"),
     (dict(eta=np.float32(2)), "eta must be between 0 and 1, got 2"),
     (dict(eta="much"), "eta must be a number, got 'much'"),
@@ -378,7 +386,10 @@ BAD = [
     (dict(cfg_interval="12"), "cfg_interval must be two noise levels, low and high, got '12'"),
     (dict(cfg_rescale=0.5, cfg_scale=None), "cfg_rescale rescales guidance, but cfg_scale None"),
     (dict(cfg_scale=True), "cfg_scale must be a number or None, got True"),
-    (dict(labels=np.zeros((2, 2, 2), int)), "labels must be a list of whole numbers, one an image"),
+    (
+        dict(labels=np.zeros((2, 2, 2), int)),
+        "labels must be a list of class numbers or names, one",
+    ),
     (dict(solver="heun", eta=np.float32(0.5)), "eta belongs to the solvers"),
     (dict(cfg_scale=[1.0, 2.0, 3.0]), "one entry for each of the 2 networks, got 3 entries"),
     (dict(cfg_scale=[1.0, [2.0, 3.0]]), "cfg_scale per step needs 4 numbers, got 2"),
@@ -396,17 +407,18 @@ BAD = [
     (dict(start=np.zeros((2, 8, 8, 3)), strength=0.5), r"start must be \(2, 8, 8, 4\), one image"),
     (dict(start=np.zeros((2, 8, 8, 4)), strength=0.0), "above 0, at most 1, got 0"),
     (dict(start=np.full((2, 8, 8, 4), np.nan), strength=0.5), "start holds numbers that are not"),
-    (dict(labels=[[1, 2]]), "2 networks need as many lists of labels, got 1"),
-    (dict(labels=[[1, 2], [3]]), "labels for the same images, got 2 and 1"),
+    (dict(labels=[[1, 2]]), "labels must be one for all networks .* each of the 2, got 1"),
+    (dict(labels=[[1, 2], [3]]), "labels or texts for the same images, got 2 and 1"),
     (dict(labels=[[1, 2], [3, 10]]), "labels must be 0 to 9, got 10"),
-    (dict(labels=7), "labels must be a list of whole numbers, one an image, got 7"),
+    (dict(labels=7), "labels must be a list of class numbers or names, one an image, got 7"),
     (dict(cfg_scale=1e39), "cfg_scale must be a finite number"),
     (dict(plan=[0, 0, 1, 1], fractions=None), "plan must be a ts.Plan, got .0, 0, 1, 1."),
     (
         dict(plan=ts.Plan(np.array([0, 1, 7, 1], np.int32), 2), fractions=None),
         "holds numbers 0 to 1, got 0 to 7",
     ),
-    (dict(networks=["fashion-s"]), "networks must be a list of what ts.load returns"),
+    (dict(networks=[5]), "networks must be a list of what ts.load returns"),
+    (dict(networks=["fashoin-s"]), "unknown network 'fashoin-s'; did you mean"),
     (dict(networks=[]), "give at least one network"),
     (dict(networks="shape"), "a and other cannot be stitched: their image shape differs"),
     (dict(networks="classes"), "a and other .* number of classes differs, 10 and 7; give a list"),
@@ -415,12 +427,12 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda v: v if isinstance(v, str) else "")
 def test_bad_input(pair, changes, message, monkeypatch):
-    monkeypatch.setattr(sampler, "_sample", None)  # nothing may be compiled
+    monkeypatch.setattr(SampleRequest, "run", None)  # nothing may be compiled
     second = {
         "shape": lambda: other(image_shape=(8, 8, 3)),
         "classes": lambda: other(num_classes=7),
         "flow": lambda: other(schedule={"name": "flow"}, target="flow"),
-        "latents": lambda: other(autoencoder="sd-vae-ft-ema"),
+        "latents": lambda: other(autoencoder="nowhere"),
         "autoencoders": lambda: other(autoencoder="two"),
     }
     if isinstance(changes.get("networks"), str):

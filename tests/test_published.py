@@ -7,7 +7,6 @@ import pytest
 from helpers import GOLDEN, published_network, relative
 
 import tstitch_jax as ts
-from tstitch_jax.core.guidance import cfg
 from tstitch_jax.models.build import module_of
 
 LIMIT = 2e-5
@@ -29,6 +28,11 @@ def nhwc(array):
     return jnp.asarray(np.moveaxis(array, -3, -1))
 
 
+def condition(expected):
+    labels = jnp.asarray(expected["labels"], jnp.int32)
+    return ts.Condition(labels, jnp.full_like(labels, 10))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_forward(name, networks, expected):
     network = networks[name]
@@ -48,17 +52,15 @@ def test_guided_forward(name, networks, expected):
     network = networks[name]
     knots = ts.make_knots(network.schedule, 1000)
     knot = jax.tree.map(lambda leaf: jnp.asarray(leaf[999 - 501]), knots)
-    guided = cfg(network.denoiser, float(expected["cfg_scale"]), 10, channels=3)
-    prediction = guided(
-        network.params, nhwc(expected["x_T"]), knot, jnp.asarray(expected["labels"], jnp.int32)
-    )
+    guided = ts.cfg(network.denoiser, float(expected["cfg_scale"]), channels=3)
+    prediction = guided(nhwc(expected["x_T"]), knot, condition(expected))
     golden = nhwc(expected[f"forward_with_cfg_t501/{name}"])
     assert relative(prediction.eps, golden[..., :4]) < LIMIT
     assert relative(prediction.variance, (golden[..., 4:] + 1) / 2) < LIMIT
 
 
 def trajectory(expected, networks, key, fractions):
-    """x after each guided DDIM step, through the library's own front door."""
+    """x after each guided DDIM step of ``sample``."""
     stack = [networks[n] for n in (("small", "large") if len(fractions) == 2 else NAMES)]
     _, found = ts.sample(
         jax.random.key(0),
@@ -97,12 +99,11 @@ def test_two_networks_with_noise(key, solver, networks, expected):
     plan = ts.Plan.from_fractions([0.4, 0.6], knots, small.schedule)
     stitched = ts.stitch([small.denoiser, large.denoiser], plan)
     _, found = ts.run(
-        ts.cfg(stitched, float(expected["cfg_scale"]), 10, channels=3),
+        ts.cfg(stitched, float(expected["cfg_scale"]), channels=3),
         solver,
         knots,
         nhwc(expected["x_T"]),
-        params=(small.params, large.params),
-        cond=jnp.asarray(expected["labels"], jnp.int32),
+        cond=condition(expected),
         noise=nhwc(expected["noise_per_step"]),
         return_trajectory=True,
     )
@@ -155,7 +156,7 @@ def test_respaced_tables(expected):
     np.testing.assert_allclose(
         np.log(posterior), golden["posterior_log_variance_clipped"], rtol=1e-9
     )
-    # What the solvers themselves see, cast once: the betas come back from alpha and sigma.
+    # The solvers see float32 alpha and sigma, from which the betas follow.
     knots = ts.make_knots(schedule, 20)
     np.testing.assert_allclose(knots.alpha[-2::-1] ** 2, alpha_bar, rtol=3e-7)
     ratio = knots.alpha[:-1] / knots.alpha[1:]

@@ -15,11 +15,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import GOLDEN, labelled_denoiser, random_params, tiny_network
+from helpers import GOLDEN, Labelled, random_params, tiny_network
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
 from tstitch_jax import cli
+from tstitch_jax.core.types import Leaf
+from tstitch_jax.hub import resolve
 from tstitch_jax.models import store
 from tstitch_jax.sampling.checks import check_networks
 from tstitch_jax.training import train
@@ -43,6 +45,16 @@ def run(page, names=None):
     return names
 
 
+@ts.record
+class ClosedForm:
+    """``Labelled`` as a denoiser with parameters, which jobs and meshes read."""
+
+    params: Leaf
+
+    def __call__(self, x, knot, cond):
+        return Labelled(self.params)(x, knot, cond)
+
+
 @pytest.fixture
 def one_network(tmp_path, monkeypatch):
     """A closed form in the place of all networks, as it compiles quickly; in a folder of its own.
@@ -52,11 +64,14 @@ def one_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TSTITCH_CACHE", str(tmp_path / "cache"))
     network = dataclasses.replace(
-        ts.load("fashion-s"), denoiser=labelled_denoiser, params=jax.numpy.float32(0.7), rows=None
+        ts.load("fashion-s"), denoiser=ClosedForm(jax.numpy.float32(0.7)), rows=None
     )
-    monkeypatch.setattr(
-        ts, "load", lambda *_, mesh=None: network if mesh is None else ts.shard(network, mesh)
-    )
+
+    def load(name, dtype=None, *, mesh=None):
+        return network if mesh is None else ts.shard(network, mesh)
+
+    monkeypatch.setattr(ts, "load", load)
+    monkeypatch.setattr(resolve, "load", load)  # what a sampler loads names with
 
 
 @pytest.fixture
@@ -74,14 +89,14 @@ def public_networks(tmp_path, monkeypatch):
             name=name, architecture="unet", target="eps", learned_variance=False,
             config={"widths": [4, 8], "layers": 1, "heads": [0, 2], "middle_heads": 0, "groups": 4},
             schedule={"name": "scaled_linear"}, image_shape=(8, 8, 4), num_classes=0,
-            context=(77, width), autoencoder="sd-vae-ft-ema",
+            context=(77, width), autoencoder="sd-vae-ft-ema", text_encoder="sd-text-encoder",
         )  # fmt: skip
         ts.save(tmp_path / "networks" / name, ts.make_network(card, random_params(card)))
 
 
-def test_python(public_networks):
-    names = {}
-    shapes = []
+def test_python(public_networks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, shapes = {}, []
     for block in blocks("python"):
         with jax.numpy_dtype_promotion("standard"):  # as users have it
             exec(block, names)
@@ -89,15 +104,19 @@ def test_python(public_networks):
         assert np.isfinite(images).all()
         shapes.append(images.shape)
     assert shapes == [
-        (4, 28, 28, 1), (1, 28, 28, 1), (2, 28, 28, 1), *[(4, 28, 28, 1)] * 2,
+        (4, 28, 28, 1), (4, 28, 28, 1), (1, 28, 28, 1), (2, 28, 28, 1), *[(4, 28, 28, 1)] * 2,
         *[(2, 16, 16, 3)] * 2,
     ]  # fmt: skip
+    assert (tmp_path / "garments.png").exists()
+    assert (tmp_path / "castle.png").exists()
 
 
-def test_the_page_of_texts(public_networks):
-    images = np.asarray(run("text")["images"])
+def test_the_page_of_texts(public_networks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = np.asarray(run("text")["samples"].images)
     assert images.shape == (2, 16, 16, 3)
     assert np.isfinite(images).all()
+    assert (tmp_path / "castle.png").exists()
 
 
 def test_the_guide(one_network, capsys):
@@ -105,12 +124,13 @@ def test_the_guide(one_network, capsys):
     with jax.numpy_dtype_promotion("standard"):
         for block in blocks("python", GUIDE):
             exec(block, names)
-            if "images" in names:
-                assert names["images"].shape == (4, 28, 28, 1)
-                assert float(np.std(names["images"])) > 0.3
+            if "samples" in names:
+                assert names["samples"].images.shape == (4, 28, 28, 1)
+                assert float(np.std(names["samples"].images)) > 0.3
     assert "small x 4, large x 6" in capsys.readouterr().out
-    assert names["xs"].shape == names["x0s"].shape == (10, 4, 28, 28, 1)
-    assert names["again"].shape == (4, 28, 28, 1)
+    assert names["kept"].trajectory.shape == (10, 4, 28, 28, 1)
+    assert names["kept"].predictions.shape == (10, 4, 28, 28, 1)
+    assert names["again"].images.shape == names["images"].shape == (4, 28, 28, 1)
     for name in ts.SOLVERS:
         assert f"`{name}`" in GUIDE
     for name in ts.SPACINGS:
@@ -120,7 +140,7 @@ def test_the_guide(one_network, capsys):
 def test_the_page_of_calibration(one_network, capsys):
     names = run("calibration")
     assert "0.00%" in capsys.readouterr().out  # two copies
-    assert names["images"].shape == (2, 28, 28, 1)
+    assert names["samples"].images.shape == (2, 28, 28, 1)
 
 
 def test_the_guide_to_scale(one_network):
@@ -146,7 +166,8 @@ def test_the_guide_to_measures():
 
 
 def test_the_front_page(one_network):
-    assert run("index")["images"].shape == (4, 28, 28, 1)
+    assert run("index")["samples"].images.shape == (4, 28, 28, 1)
+    assert Path("garments.png").exists()
 
 
 def test_the_page_of_conversions(public_networks, tmp_path, monkeypatch, capsys):
@@ -164,7 +185,7 @@ def test_the_page_of_conversions(public_networks, tmp_path, monkeypatch, capsys)
 def test_the_page_of_plans(one_network, capsys):
     names = run("plan")
     assert "0.4 small x 8, large x 12" in capsys.readouterr().out
-    assert names["images"].shape == (3, 28, 28, 1)
+    assert names["samples"].images.shape == (3, 28, 28, 1)
     assert names["by_noise"].counts()[0] > 0
     assert ts.Plan.load("plan.json").num_networks == 3
 
@@ -233,8 +254,10 @@ def test_fetching_the_data_divided_as_for_the_embedded_networks(tmp_path):
 def test_the_page_of_solvers(one_network, monkeypatch, capsys):
     monkeypatch.setitem(ts.SOLVERS, "adams_bashforth", ts.ddim)  # taken back in the end
     names = run("solver")
-    assert float(np.std(names["images"])) > 0.3
-    assert ts.make_solver("adams_bashforth") is names["adams_bashforth"]()
+    assert float(np.std(names["samples"].images)) > 0.3
+    own = names["AdamsBashforth"]
+    assert jax.tree.structure(ts.make_solver("adams_bashforth")) == jax.tree.structure(own())
+    assert jax.tree.structure(own(order=1)) != jax.tree.structure(own(order=2))
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 

@@ -1,12 +1,13 @@
-"""The compiled loop: what it returns, compiles and refuses."""
+"""The compiled loop: its results, its compilations and its errors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import gaussian_denoiser, relative, tiny_network
+from helpers import Gaussian, relative, request_of, tiny_network
 
 import tstitch_jax as ts
+from tstitch_jax.core.prediction import make_target
 
 SHAPE = (8, 8, 4)
 
@@ -23,25 +24,22 @@ def start(batch):
 
 @pytest.mark.parametrize("target", ["v", "x0", "flow", "eps"])
 def test_targets_agree(target):
-    """A network of any target samples the same images from the same knowledge."""
+    """Networks that predict the same in different targets sample the same images."""
     knots = ts.make_knots(ts.make_schedule("linear"), 10)
-    exact = gaussian_denoiser(0.3, 0.5)
 
-    def apply(params, x, time, cond):
+    def apply(exact, x, time, cond):
         index = jnp.argmin(jnp.abs(knots.time[:-1] - time[0]))
         knot = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], knots)
-        x0, eps, _ = exact(params, x, knot, cond)
-        from tstitch_jax.core.prediction import make_target
-
+        x0, eps, _ = exact(x, knot)
         return make_target(target, x0, eps, knot.alpha, knot.sigma)
 
-    _, x = start(2)
-    found = ts.run(ts.as_denoiser(apply, target), ts.ddim(), knots, x, params=1.0)
-    assert relative(found, ts.run(exact, ts.ddim(), knots, x, params=1.0)) < 1e-4
+    exact, (_, x) = Gaussian(jnp.float32(0.3), 0.5), start(2)
+    found = ts.run(ts.as_denoiser(apply, exact, target), ts.ddim(), knots, x)
+    assert relative(found, ts.run(exact, ts.ddim(), knots, x)) < 1e-4
 
 
 def count_eqns(jaxpr, name):
-    """How often a primitive stands in a jaxpr, at any depth, but for a choice by platform."""
+    """Number of uses of a primitive in a jaxpr, at any depth, except in choices by platform."""
     total, by_platform = 0, set()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "platform_index" or by_platform & set(map(id, eqn.invars)):
@@ -59,7 +57,7 @@ def count_eqns(jaxpr, name):
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
 def test_one_scan_with_one_cond(solver, networks):
-    request = ts.pipeline.prepare(
+    request = request_of(
         jax.random.key(0),
         networks[:2],
         labels=[1, 2],
@@ -103,7 +101,7 @@ def test_one_compile_for_all_data(networks):
         sample(0, [1, 2, 3], [0.2, 0.3, 0.5], 4.0),
     ]
     assert not compiled
-    for result in results:  # each of them matters
+    for result in results:  # each change has an effect
         assert relative(result, first) > 1e-3
     again = sample(0, [1, 2, 3], [0.2, 0.3, 0.5], 1.5)
     np.testing.assert_array_equal(again, first)
@@ -111,18 +109,17 @@ def test_one_compile_for_all_data(networks):
 
 def test_a_mapped_plan_is_refused(networks):
     knots = ts.make_knots(networks[0].schedule, 4)
-    _, x = start(1)
-    params = tuple(n.params for n in networks[:2])
+    pair, (_, x) = [network.denoiser for network in networks[:2]], start(1)
 
     @jax.jit
     def sample(assignment, x):
-        denoiser = ts.stitch([n.denoiser for n in networks[:2]], ts.Plan(assignment, 2))
-        return ts.run(denoiser, ts.ddim(), knots, x, params=params, cond=jnp.array([1]))
+        denoiser = ts.stitch(pair, ts.Plan(assignment, 2))
+        return ts.run(denoiser, ts.ddim(), knots, x, cond=jnp.array([1]))
 
     assignments = jnp.array([[0, 0, 1, 1], [0, 1, 1, 1]], jnp.int32)
     with pytest.raises(ValueError, match="cannot be mapped by vmap"):
         jax.vmap(sample, (0, None))(assignments, x)
-    # Mapping anything but the plan is fine, and keeps the switch a switch.
+    # Other arguments may be mapped, and one branch runs as before.
     stack = jnp.stack([x, 2 * x])
     mapped = jax.vmap(sample, (None, 0))(assignments[0], stack)
     assert relative(mapped[1], sample(assignments[0], 2 * x)) < 1e-5

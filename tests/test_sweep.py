@@ -115,15 +115,16 @@ def results(out):
 
 def test_values_are_those_of_direct_calls(config, folder, done, tmp_path):
     networks = [ts.load(folder / "small"), ts.load(folder / "large")]
+    plan = ts.Plan.from_list([1, 0, 1, 0], 2)
+    sampler = ts.Sampler(networks, plan=plan, steps=4, guidance=3.0)
     rows = table(done[0])
     expected = [("shares", "0"), ("shares", "0.5"), ("mixed", "0.5")]
     assert [(row["series"], row["x"]) for row in rows] == expected
     found = []
     for seed in config.seeds:
         generated = ts.generate(
-            tmp_path / str(seed), networks, plan=ts.Plan.from_list([1, 0, 1, 0], 2), steps=4,
-            cfg_scale=3.0, num=5, seed=seed, batch=2, progress=False,
-        )  # fmt: skip
+            tmp_path / str(seed), sampler, num=5, seed=seed, batch=2, progress=False
+        )
         measured = ts.evaluate(
             generated, folder / "reference.npz", features=ts.load(folder / "looks"),
             metrics=config.metrics, progress=False,
@@ -154,7 +155,7 @@ def test_times_and_the_front(done):
 
 
 def test_two_programs_serve_all_plans_scales_and_seeds(done):
-    assert sum("draw" in name for name in done[1]) == 2  # one is timed, one generates
+    assert sum("sample_program" in name for name in done[1]) == 2  # one is timed, one generates
 
 
 def test_what_is_left_in_the_folder(done):
@@ -354,11 +355,10 @@ def test_networks_of_texts(of_texts, tmp_path, loaded_once, once):
         rows = list(csv.DictReader(stream))
     point, row, key = of_texts.points[1], rows[1], "clip_score_clip"
     images = tmp_path / "out" / "images" / f"shares-{point.x:g}-seed0" / "samples.npz"
-    networks = [once(name) for name in point.networks]
-    encoder = once(networks[0].card.text_encoder)
+    sampler = ts.Sampler(list(point.networks), plan=[0.5, 0.5], steps=2, guidance=3.0)
     expected = ts.generate(
-        tmp_path / "expected", networks, num=3, batch=2, progress=False, text_encoder=encoder,
-        prompts=of_texts.prompts, **point.options,
+        tmp_path / "expected", sampler, prompts=of_texts.prompts, negative="blurred", num=3,
+        batch=2, progress=False,
     )  # fmt: skip
     assert images.read_bytes() == expected.read_bytes()
     score = ts.evaluate(
@@ -387,7 +387,7 @@ def test_another_size_and_encoder(of_texts, loaded_once, once):
     found = estimate(dataclasses.replace(of_texts, points=[point, larger]))
     assert [each.cost for each in found] == [0.5, 1]
     way = _open_way(of_texts, larger, None, {})
-    assert [encoder.card.name for encoder in way.texts["text_encoder"]] == ["words", "words"]
+    assert [encoder.card.name for encoder in way.sampler.text_encoders()] == ["words", "words"]
 
 
 @pytest.mark.parametrize(

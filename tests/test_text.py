@@ -1,4 +1,4 @@
-"""Networks that are conditioned on contexts and texts, through the same front door."""
+"""Networks that are conditioned on contexts and texts, through the high-level API."""
 
 import dataclasses
 import json
@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import GOLDEN, mixture_denoiser, random_params, relative, tiny_network
+from helpers import GOLDEN, Mixture, random_params, relative, tiny_network
 from safetensors.numpy import save_file
 from unet_recipe import noise, weight
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
 from tstitch_jax.models.cards import Card, TextEncoderCard
+from tstitch_jax.models.conditioning import encode_texts
 from tstitch_jax.models.types import Network, TextEncoder, Tokenizer
 from tstitch_jax.sampling.checks import check_networks
-from tstitch_jax.sampling.conditioning import encode_texts
 
 KEY = jax.random.key(0)
 GIVEN = json.loads((GOLDEN / "unet" / "names.json").read_text())
@@ -62,14 +62,29 @@ def test_trajectories_of_the_published_pipeline(solver, published_pair):
     np.testing.assert_array_equal(x, states[-1])
 
 
-# The front door, with denoisers in closed form
+# The high-level API, with denoisers in closed form
 
 
-def contextual(params, x, knot, cond, /):
-    """Data near the mean of the context, or near ``-mean``, by pixel."""
-    centre = params["scale"] * cond.mean(axis=(1, 2))[:, None, None, None]
-    shifted = mixture_denoiser(0.5)(None, x - centre * knot.alpha, knot, None)
-    return shifted._replace(x0=shifted.x0 + centre)
+@ts.record
+class Contextual:
+    """The denoiser of a ``Mixture`` around the mean of the context, times a scale."""
+
+    scale: jax.Array
+
+    def __call__(self, x, knot, cond):
+        center = self.scale * cond.given.mean(axis=(1, 2))[:, None, None, None]
+        shifted = Mixture(0.5)(x - center * knot.alpha, knot)
+        return shifted._replace(x0=shifted.x0 + center)
+
+
+@ts.record
+class Table:
+    """A text encoder that looks its tokens up."""
+
+    table: jax.Array
+
+    def __call__(self, ids):
+        return self.table[ids]
 
 
 def network_of(name="a", width=3, channels=4, multiple=4, scale=1.0):
@@ -78,8 +93,8 @@ def network_of(name="a", width=3, channels=4, multiple=4, scale=1.0):
         schedule={"name": "scaled_linear"}, image_shape=(8, 8, channels), num_classes=0,
         context=(5, width), autoencoder="coder", text_encoder="words",
     )  # fmt: skip
-    params = {"scale": jnp.float32(scale)}
-    return Network(contextual, params, card, ts.make_schedule("scaled_linear"), None, multiple)
+    denoiser, schedule = Contextual(jnp.float32(scale)), ts.make_schedule("scaled_linear")
+    return Network(denoiser, card, schedule, multiple=multiple)
 
 
 def encoder_of(width=3, name="words", tokenizer=True):
@@ -88,17 +103,12 @@ def encoder_of(width=3, name="words", tokenizer=True):
     def ids(texts):
         return np.array([[ord(c) % 60 for c in text[:5].ljust(5)] for text in texts], np.int32)
 
-    table = {
-        "table": jnp.asarray(np.random.default_rng(width).standard_normal((60, width)), "float32")
-    }
+    table = np.random.default_rng(width).standard_normal((60, width))
     return TextEncoder(
-        _look_up, table, TextEncoderCard(name=name, architecture="clip_text", config={}), 5, width,
+        Table(jnp.asarray(table, "float32")),
+        TextEncoderCard(name=name, architecture="clip_text", config={}), 5, width,
         Tokenizer(ids, {}, 60) if tokenizer else None,
     )  # fmt: skip
-
-
-def _look_up(params, ids):
-    return params["table"][ids]
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +169,12 @@ def test_each_stage_has_conditioning_of_its_own(pair):
     np.testing.assert_array_equal(found, draw(networks, context=contexts, negative=nulls))
     knots = ts.make_knots(wide.schedule, 4)
     plan = ts.Plan.from_fractions([0.5, 0.5], knots, wide.schedule)
-    denoisers = [
-        ts.with_cond(ts.cfg(n.denoiser, 3.0, null), lambda c, k=k: c[k])
-        for k, (n, null) in enumerate(zip(networks, nulls, strict=True))
-    ]
+    denoisers = [ts.with_cond(ts.cfg(n.denoiser, 3.0), k) for k, n in enumerate(networks)]
+    nulls = tuple(jnp.broadcast_to(null, (3, *null.shape[1:])) for null in nulls)
     expected = ts.run(
         ts.stitch(denoisers, plan), ts.ddim(), knots,
         ts.draw_noise(ts.image_keys(KEY, jnp.arange(3)), 0, (8, 8, 4)),
-        params=tuple(n.params for n in networks), cond=contexts,
+        cond=ts.Condition(tuple(contexts), nulls),
     )  # fmt: skip
     assert relative(found, expected) < 1e-5
 
@@ -177,7 +185,7 @@ def test_each_stage_has_conditioning_of_its_own(pair):
     late = draw([classes, pair[1]], **mixed, fractions=[0.0, 1.0])
     assert relative(late, alone) < 1e-5
     assert relative(found, alone) > 0.1
-    with pytest.raises(ValueError, match="contexts for the same images, got 2 and 3"):
+    with pytest.raises(ValueError, match="texts for the same images, got 2 and 3"):
         draw([classes, pair[1]], **mixed | dict(labels=[1, 2]))
 
 
@@ -218,27 +226,28 @@ def test_bad_conditioning_is_refused(pair):
     encoder, classes = encoder_of(), tiny_network()
     context = np.zeros((2, 5, 3), np.float32)
     for networks, options, message in [
-        (pair, {}, "a is conditioned on a context, .* give prompts and a text_encoder"),
-        (pair, dict(prompts=TEXTS, context=context), "or a context, not both"),
+        (pair, {}, "a is conditioned on texts; give prompts, or the encoded texts as cond$"),
+        (pair, dict(prompts=TEXTS, context=context, text_encoder=encoder),
+         "give prompts, or the encoded texts as cond, not both"),
         (pair, dict(labels=[1, 2]), "a has no classes"),
         ([classes], dict(prompts=TEXTS, labels=[1]), "tiny is conditioned on classes; leave out"),
         ([classes], {}, "tiny is conditioned on classes; give labels"),
-        (pair, dict(prompts="a cat"), "prompts must be a list of texts, .* got 'a cat'"),
-        (pair, dict(prompts=[]), "prompts must be a list of texts"),
-        (pair, dict(prompts=TEXTS), r"give text_encoder=ts.load\('words'\), got None"),
+        (pair, dict(prompts="a cat", text_encoder=encoder), "prompts must be a list of texts, .* got 'a cat'"),
+        (pair, dict(prompts=[], text_encoder=encoder), "prompts must be a list of texts"),
+        (pair, dict(prompts=TEXTS), "unknown network 'words'"),
+        (pair, dict(prompts=TEXTS, text_encoder=3), r"give text_encoder=ts.load\('words'\), got 3"),
         (pair, dict(prompts=TEXTS, text_encoder=encoder_of(7, "wider")),
          "a takes contexts of width 3, the text encoder wider makes them of 7"),
         (pair, dict(prompts=TEXTS, text_encoder=encoder_of(tokenizer=False)), "no tokenizer"),
-        (pair, dict(prompts=TEXTS, text_encoder=[encoder] * 3), "one for each of the 2 networks"),
+        (pair, dict(prompts=TEXTS, text_encoder=[encoder] * 3), "text_encoder must be .* 2, got 3"),
         (pair, dict(prompts=TEXTS, text_encoder=encoder, negative=["", ""]), "one text or 3"),
         (pair, dict(prompts=TEXTS, text_encoder=encoder, negative=3), "negative must be a list"),
-        (pair, dict(context=context), "guidance needs the context of no text"),
+        (pair, dict(context=context), "guidance needs the context of the empty text"),
         (pair, dict(context=context, negative="no"), "texts go with prompts"),
         (pair, dict(context=context, negative=context[:, :4]), r"like the context, \(2, 5, 3\)"),
-        (pair, dict(context=context, text_encoder=encoder), "goes with prompts"),
         (pair, dict(context=context[..., :2], negative=context),
-         "a takes contexts of width 3, context has them of 2"),
-        (pair, dict(context=[context] * 3, negative=context), "one array for all"),
+         "a takes contexts of width 3, cond has them of 2"),
+        (pair, dict(context=[context] * 3, negative=context), "cond must be .* 2, got 3"),
         (pair, dict(context=context[0, :2], negative=context), r"got float32 \(3,\)"),
         (pair, dict(context=context + np.nan, negative=context), "not finite"),
         ([pair[0], network_of("three", channels=3)], dict(context=context),
@@ -253,83 +262,85 @@ def test_a_text_encoder_is_no_denoiser(pair):
         check_networks([pair[0], encoder_of()])
 
 
-def test_many_images_of_texts(pair, tmp_path):
-    encoder = encoder_of()
+@pytest.fixture(scope="module")
+def of_pixels():
+    """A sampler of images, without an autoencoder."""
     three = [network_of("a", channels=3), network_of("b", channels=3, scale=2.0)]
     three = [
         dataclasses.replace(n, card=dataclasses.replace(n.card, autoencoder="")) for n in three
     ]
+    options = dict(plan=[0.5, 0.5], steps=3, guidance=2.0)
+    return ts.Sampler(three, text_encoder=encoder_of(), **options)
+
+
+def test_many_images_of_texts(of_pixels, tmp_path):
     texts = ["a cat", "two dogs", "rain"]
-    options = dict(fractions=[0.5, 0.5], steps=3, text_encoder=encoder, cfg_scale=2.0)
     path = ts.generate(
-        tmp_path / "out", three, num=7, prompts=texts, negative="x", batch=2, seed=3,
-        progress=False, **options,
+        tmp_path / "out", of_pixels, num=7, prompts=texts, negative="x", batch=2, seed=3,
+        progress=False,
     )  # fmt: skip
     with np.load(path) as stored:
         pixels, labels = stored["arr_0"], stored["arr_1"]
     np.testing.assert_array_equal(labels, [0, 1, 2, 0, 1, 2, 0])
     given = [texts[k] for k in labels]
-    images = ts.sample(jax.random.key(3), three, prompts=given, negative="x", **options)
+    images = of_pixels(jax.random.key(3), prompts=given, negative="x").images
     expected = (np.asarray(images) + 1) * 127.5
     assert np.abs(pixels - expected).max() < 0.6
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert (settings["prompts"], settings["negative"]) == (texts, "x")
-    # Gone on with, other texts are told.
-    more = dict(num=8, batch=2, seed=3, progress=False, negative="x", **options)
-    ts.generate(tmp_path / "out", three, prompts=texts, **more)
+    # A resumed job refuses other texts.
+    more = dict(num=8, batch=2, seed=3, progress=False, negative="x")
+    ts.generate(tmp_path / "out", of_pixels, prompts=texts, **more)
     with pytest.raises(ValueError, match="prompts"):
-        ts.generate(tmp_path / "out", three, prompts=texts[:2], **more)
-    with pytest.raises(ValueError, match="negative and text_encoder go with prompts"):
-        ts.generate(tmp_path / "no", three, **more)
+        ts.generate(tmp_path / "out", of_pixels, prompts=texts[:2], **more)
+    with pytest.raises(ValueError, match="negative goes with prompts"):
+        ts.generate(tmp_path / "no", of_pixels, **more)
+    with pytest.raises(ValueError, match="negative must be one text"):
+        ts.generate(tmp_path / "no", of_pixels, prompts=texts, **more | dict(negative=["x"]))
     with pytest.raises(ValueError, match="prompts are for networks that are all conditioned on"):
-        ts.generate(tmp_path / "no", [tiny_network()], prompts=texts, **more)
+        ts.generate(tmp_path / "no", ts.Sampler(tiny_network()), prompts=texts, **more)
     assert not (tmp_path / "no").exists()
 
 
 def test_where_to_switch_for_texts(pair):
-    encoder, options = encoder_of(), dict(steps=6, cfg_scale=3.0, conditions=8)
-    found = ts.calibrate(KEY, pair, prompts=TEXTS, text_encoder=encoder, **options)
+    encoder = encoder_of()
+    sampler = ts.Sampler(pair, steps=6, guidance=3.0, text_encoder=encoder)
+    found = ts.calibrate(KEY, sampler, prompts=TEXTS, conditions=8)
     turns = [TEXTS[k % 3] for k in range(8)]
     given, empty = encode_texts(encoder, turns), encode_texts(encoder, [""])
-    again = ts.calibrate(KEY, pair, context=given, negative=empty, **options)
+    options = dict(cond=given, negative=empty, conditions=8)
+    again = ts.calibrate(KEY, sampler, **options)
     np.testing.assert_allclose(found.steps_alone, again.steps_alone, rtol=1e-4)
-    assert not {"context", "negative"} & again.settings.keys()
+    assert not {"context", "cond", "negative"} & again.settings.keys()
     assert found.steps_alone[0].min() > 0
     assert json.loads(found.to_json())["calibration"]["prompts"] == turns
     with pytest.raises(ValueError, match="a context for at least 4 conditions, got 3"):
-        ts.calibrate(KEY, pair, context=given[:3], negative=empty, **options)
+        ts.calibrate(KEY, sampler, **options | dict(cond=given[:3]))
     with pytest.raises(ValueError, match="prompts must be a list of texts"):
-        ts.calibrate(KEY, pair, prompts=[], text_encoder=encoder, **options)
+        ts.calibrate(KEY, sampler, prompts=[], conditions=8)
     # At another size, where the time of a pass is measured, too.
-    sized = ts.calibrate(
-        KEY, pair, context=given, negative=empty, **(options | dict(size=(16, 8), steps=2))
-    )
+    sized = ts.calibrate(KEY, sampler.replace(steps=2), size=(16, 8), **options)
     assert (sized.costs > 0).all()
     assert sized.settings["size"] == [16, 8]
 
 
-def test_an_exported_sampler_takes_contexts(pair, tmp_path):
+def test_an_exported_sampler_takes_contexts(of_pixels, tmp_path):
     encoder = encoder_of()
-    three = [network_of("a", channels=3), network_of("b", channels=3, scale=2.0)]
-    three = [
-        dataclasses.replace(n, card=dataclasses.replace(n.card, autoencoder="")) for n in three
-    ]
-    options = dict(fractions=[0.5, 0.5], steps=3, text_encoder=encoder, cfg_scale=2.0)
-    ts.export(tmp_path / "x.npz", three, prompts=TEXTS[:2], platforms=["cpu"], **options)
+    ts.export(tmp_path / "x.npz", of_pixels, prompts=TEXTS[:2], platforms=["cpu"])
     with np.load(tmp_path / "x.npz") as file:
         program = jax.export.deserialize(bytearray(file["program"]))
         weights = [file[name] for name in file.files if name.startswith("weight_")]
         arguments = json.loads(str(file["about"]))["arguments"]
         given = {name: file[name] for name in arguments}
     assert arguments == ["seed", "context", "negative", "plan", "scales"]
-    expected = ts.sample(KEY, three, prompts=TEXTS[:2], **options)
+    expected = of_pixels(KEY, prompts=TEXTS[:2]).images
     assert relative(program.call(weights, *given.values()), expected) < 1e-5
     given["context"] = np.asarray(encode_texts(encoder, ["rain", "snow"]))
     given["negative"] = np.asarray(encode_texts(encoder, ["fog", "fog"]))
-    expected = ts.sample(KEY, three, prompts=["rain", "snow"], negative="fog", **options)
+    expected = of_pixels(KEY, prompts=["rain", "snow"], negative="fog").images
     assert relative(program.call(weights, *given.values()), expected) < 1e-5
     nulls = [encode_texts(encoder, [text]) for text in ("", "fog")]
-    own = dict(context=given["context"], negative=nulls, fractions=[0.5, 0.5], steps=3)
+    own = dict(cond=given["context"], negative=nulls, platforms=["cpu"])
     with pytest.raises(ValueError, match="the same negative for all networks"):
-        ts.export(tmp_path / "y.npz", three, platforms=["cpu"], cfg_scale=2.0, **own)
+        ts.export(tmp_path / "y.npz", of_pixels, **own)
     assert not (tmp_path / "y.npz").exists()

@@ -10,7 +10,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
-from helpers import GOLDEN, tiny_card, tiny_network
+from helpers import GOLDEN, request_of, tiny_card, tiny_network
 from test_parallel import COLLECTIVES
 from tpu_aot import devices_of
 
@@ -18,7 +18,6 @@ import tstitch_jax as ts
 from checkpoints_convert import convert
 from tstitch_jax.models import build, store
 from tstitch_jax.models.families import param_shapes
-from tstitch_jax.sampling import sampler
 
 pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
 
@@ -39,7 +38,7 @@ def prepare(topology, coder=None, model=1, **more):
     devices = devices_of(topology)
     mesh = ts.make_mesh(model, devices)
     pair = [shapes(tiny_card(name, width=width), mesh) for name, width in (("a", 128), ("b", 256))]
-    return sampler.prepare(
+    return request_of(
         jax.random.key(0), pair, labels=[1] * (2 * len(devices)), fractions=[0.5, 0.5], steps=7,
         **(dict(autoencoder=shapes(coder, mesh)) if coder else dict(decode=False)), **more,
     )  # fmt: skip
@@ -61,10 +60,9 @@ def test_it_compiles_without_collectives(topology, coder, standard_promotion):
     # The plan is an argument, so that one program serves every ratio.
     assert re.search(r"s32\[7\]\S* parameter\(", text)
     memory = program.memory_analysis()
-    params = jax.tree.leaves(request.inputs.given.params)
-    assert (
-        memory.argument_size_in_bytes < 1.5 * sum(v.size * v.dtype.itemsize for v in params) + 2e6
-    )
+    params = jax.tree.leaves(request.inputs.denoisers)
+    size = sum(v.size * v.dtype.itemsize for v in params)
+    assert memory.argument_size_in_bytes < 1.5 * size + 2e6
 
 
 def test_pieces_of_a_large_batch(standard_promotion, monkeypatch):
@@ -81,9 +79,7 @@ def test_pieces_of_an_exported_sampler(standard_promotion):
 
     def loops(rows):
         network = dataclasses.replace(tiny_network(), rows=rows)
-        request = sampler.prepare(
-            jax.random.key(0), [network], labels=[1, 2, 3], steps=2, decode=False
-        )
+        request = request_of(jax.random.key(0), network, labels=[1, 2, 3], steps=2, decode=False)
         program = jax.export.export(jax.jit(request.function), platforms=["cpu", "tpu"])(
             request.inputs
         )

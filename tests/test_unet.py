@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
-from helpers import GOLDEN, random_params, relative
+from helpers import GOLDEN, random_params, relative, request_of
 from safetensors.numpy import save_file
 from unet_recipe import noise, weight
 
@@ -18,17 +18,17 @@ import tstitch_jax as ts
 from checkpoints_convert import CheckpointError, conversion, convert, rules, unet as unet_conversion
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.models import convolution, unet
-from tstitch_jax.models.build import flatten, make_network, module_of
+from tstitch_jax.models.build import Prepared, flatten, make_network, module_of
 from tstitch_jax.models.cards import Card
 from tstitch_jax.models.families import compute_dtypes, count_params, param_shapes
-from tstitch_jax.models.types import Precomputed
-from tstitch_jax.sampling import sampler
 
 GIVEN = json.loads((GOLDEN / "unet" / "names.json").read_text())
 LIMIT = 2e-5
 TINY = ("sd", "bk", "uneven")
 with np.load(GOLDEN / "unet" / "expected.npz") as npz:
     EXPECTED = dict(npz)
+
+predict = jax.jit(lambda denoiser, x, knot, cond: denoiser(x, knot, ts.Condition(cond)))
 
 
 def state_of(name: str) -> dict[str, np.ndarray]:
@@ -284,9 +284,9 @@ def test_the_vector_of_a_class_is_the_context(folders):
     )
     knot = jax.tree.map(lambda v: jnp.asarray(v[3]), ts.make_knots(network.schedule, 10))
     x, labels = jnp.asarray(noise("x", 2, 8, 8, 3)), jnp.array([7, 1000])
-    found = jax.jit(network.denoiser)(network.params, x, knot, labels)
+    found = predict(network.denoiser, x, knot, labels)
     context = params["labels/embedding"][labels][:, None]
-    expected = jax.jit(plain.denoiser)(plain.params, x, knot, context)
+    expected = predict(plain.denoiser, x, knot, context)
     assert relative(found.eps, expected.eps) < 1e-5
 
 
@@ -409,7 +409,7 @@ def test_what_does_not_fit_is_refused(folders):
     knot = jax.tree.map(lambda v: jnp.asarray(v[3]), ts.make_knots(network.schedule, 10))
 
     def ask(x, context):
-        return network.denoiser(network.params, jnp.zeros(x), knot, jnp.zeros(context))
+        return network.denoiser(jnp.zeros(x), knot, ts.Condition(jnp.zeros(context)))
 
     with pytest.raises(
         ValueError, match=r"4 channels, height and width multiples of 4, got \(8, 6"
@@ -437,7 +437,7 @@ def test_bfloat16_is_close(folders, standard_promotion):
     half = ts.load(folders / "bk", jnp.bfloat16)
     knot = jax.tree.map(lambda v: jnp.asarray(v[3]), ts.make_knots(network.schedule, 10))
     inputs = jnp.asarray(noise("x", 2, 8, 8, 4)), knot, jnp.asarray(noise("c", 2, 7, 24))
-    full, found = (jax.jit(n.denoiser)(n.params, *inputs).eps for n in (network, half))
+    full, found = (predict(n.denoiser, *inputs).eps for n in (network, half))
     assert found.dtype == jnp.float32
     assert 0 < relative(found, full) < 0.05
     held = {name for name, value in flatten(half.params).items() if value.dtype == jnp.float32}
@@ -459,7 +459,7 @@ def test_most_of_the_largest_is_held_in_bfloat16(standard_promotion):
     assert sum(half) > 0.99 * count_params(shapes)
 
 
-# What a loop computes of the parameters alone
+# What is computed of the parameters alone, before the loop
 
 
 @pytest.fixture
@@ -483,99 +483,101 @@ GUIDED = dict(cfg_scale=2.0, negative=np.zeros((1, 7, 16), np.float32))
 AUTO = dict(cfg_scale=None, auto_scale=2.0)
 
 
-def request_of(pair, fractions, length=7, **options):
-    return sampler.prepare(
+def request(pair, fractions, length=7, **options):
+    return request_of(
         jax.random.key(0), pair, context=noise("c", 2, length, 16), fractions=fractions, steps=5,
         decode=False, **options or GUIDED,
     )  # fmt: skip
 
 
-def without(request):
-    return dataclasses.replace(request, static=request.static | {"precompute": (None, None)})
+def unprepared(asked):
+    """The same request, compiled for no platform in particular."""
+    return asked.replace(platform=None)
+
+
+def samples(asked, callback=None):
+    return asked.run(callback)[0]
 
 
 def test_kernels_are_computed_before_the_loop(pair):
     for fractions, options in (
         ([0.4, 0.6], {}), ([1.0, 0.0], {}), ([0.0, 1.0], {}), ([0.4, 0.6], AUTO)
     ):  # fmt: skip
-        request = request_of(pair, fractions, **options)
-        assert relative(request.run(), without(request).run()) < 1e-5
+        asked = request(pair, fractions, **options)
+        assert relative(samples(asked), samples(unprepared(asked))) < 1e-5
 
 
 def test_kernels_are_computed_before_steps_that_are_called(pair):
-    request = request_of(pair, [0.4, 0.6])
-    assert relative(request.run(lambda step: None), without(request).run()) < 1e-5
+    asked = request(pair, [0.4, 0.6])
+    assert relative(samples(asked, lambda step: None), samples(unprepared(asked))) < 1e-5
 
 
-def kernels_in_the_loop(request):
+def kernels_in_the_loop(asked):
     """How many of the sixteen matrices of a kernel the steps compute."""
-    program = jax.make_jaxpr(request.function)(request.inputs).jaxpr
+    program = jax.make_jaxpr(asked.function)(asked.inputs).jaxpr
+    for equation in program.eqns:
+        if equation.primitive.name == "shard_map":  # what each device of a mesh does
+            program = equation.params["jaxpr"]
     loops = [e for e in program.eqns if e.primitive.name == "scan" and e.params["length"] == 5]
     assert len(loops) == 1
     return len(re.findall(r"f32\[24,24\] = div", str(loops[0].params["jaxpr"])))
 
 
-def test_no_step_computes_them(pair):
-    request = request_of(pair, [0.4, 0.6])
-    assert kernels_in_the_loop(without(request)) > 0
-    assert kernels_in_the_loop(request) == 0
+def are_prepared(asked):
+    """Whether the kernels of each network are there before the loop."""
+    params = [denoiser.params for denoiser in asked.prepared().inputs.denoisers]
+    return [isinstance(own, Prepared) and len(jax.tree.leaves(own.forms)) > 0 for own in params]
 
 
-def test_only_those_of_networks_that_take_steps(pair):
-    for fractions, options, expected in (
-        ([0.4, 0.6], {}, [True, True]),
-        ([1.0, 0.0], {}, [True, False]),
-        ([0.0, 1.0], {}, [False, True]),
-        ([0.0, 1.0], AUTO, [True, True]),  # the first guides the second
-    ):
-        request = request_of(pair, fractions, **options)
-        given = request.precomputed().inputs.given
-        forms = [jax.tree.leaves(params.forms) for params in given.params]
-        assert all(forms)
-        assert [bool(jnp.any(own[0] != 0)) for own in forms] == expected
+@pytest.mark.parametrize("options", [{}, AUTO])
+def test_no_step_computes_them(pair, options):
+    asked = request(pair, [0.4, 0.6], **options)
+    assert kernels_in_the_loop(unprepared(asked)) > 0
+    assert kernels_in_the_loop(asked) == 0
+    assert are_prepared(asked) == [True, True]
+    assert are_prepared(unprepared(asked)) == [False, False]
 
 
 @pytest.mark.parametrize(
     ("platforms", "found"), [(["cpu"], True), (["cuda"], False), (["cpu", "tpu"], False)]
 )
 def test_exported_programs_have_them_for_cpus_alone(pair, tmp_path, platforms, found):
+    sampler = ts.Sampler(pair, plan=[0.4, 0.6], steps=5, guidance=None)
     ts.export(
-        tmp_path / "a.npz", pair, context=noise("c", 2, 7, 16), fractions=[0.4, 0.6], steps=5,
-        decode=False, cfg_scale=None, platforms=platforms,
-    )  # fmt: skip
+        tmp_path / "a.npz", sampler, cond=noise("c", 2, 7, 16), decode=False, platforms=platforms
+    )
     with np.load(tmp_path / "a.npz") as saved:
         program = jax.export.deserialize(bytearray(saved["program"].tobytes())).mlir_module()
-    before = [part for part in program.split("func.func") if part.startswith(" private @_precomp")]
-    assert bool(re.search(r"stablehlo\.divide.*tensor<24x24xf32>", "".join(before))) == found
+    before = program[program.index("@main") :].split("stablehlo.while")[0]
+    assert bool(re.search(r"stablehlo\.divide.*tensor<24x24xf32>", before)) == found
 
 
 def test_each_device_of_a_mesh_computes_them(pair):
-    spread = [ts.shard(network, ts.make_mesh()) for network in pair]
-    request = request_of(spread, [0.4, 0.6])
-    assert all(request.static["precompute"])
-    assert relative(request.run(), request_of(pair, [0.4, 0.6]).run()) < 1e-5
+    asked = request([ts.shard(network, ts.make_mesh()) for network in pair], [0.4, 0.6])
+    assert kernels_in_the_loop(asked) == 0
+    assert relative(samples(asked), samples(request(pair, [0.4, 0.6]))) < 1e-5
 
 
 def test_a_batch_too_large_for_the_form_has_none(pair, monkeypatch):
-    """A guided network is asked with two rows for each image."""
+    """A guided network receives two rows for each image."""
     monkeypatch.setattr(convolution, "VALUES", 3 * 64 * 24)  # three rows of 24 channels
     # Of shapes that no other test has traced.
     options = GUIDED | dict(negative=np.zeros((1, 6, 16), np.float32))
-    request = request_of(pair, [0.4, 0.6], length=6, **options)
-    assert kernels_in_the_loop(request) == 0
-    given = request.precomputed().inputs.given.params
-    assert [isinstance(params, Precomputed) for params in given] == [True, False]
+    asked = request(pair, [0.4, 0.6], length=6, **options)
+    assert kernels_in_the_loop(asked) == 0
+    assert are_prepared(asked) == [True, False]
 
 
 def test_on_shapes_and_within_jit_there_is_nothing_to_compute(pair):
-    shapes = [dataclasses.replace(n, params=jax.eval_shape(lambda p: p, n.params)) for n in pair]
-    assert request_of(shapes, [0.4, 0.6]).static["precompute"] == (None, None)
+    shapes = [network.with_params(jax.eval_shape(lambda p: p, network.params)) for network in pair]
+    assert request(shapes, [0.4, 0.6]).config.platform is None
 
+    @jax.jit
     def sampled(params):
-        networks = [dataclasses.replace(n, params=p) for n, p in zip(pair, params, strict=True)]
-        request = request_of(networks, [0.4, 0.6])
-        assert request.static["precompute"] == (None, None)
-        return request.function(request.inputs)
+        networks = [network.with_params(own) for network, own in zip(pair, params, strict=True)]
+        asked = request(networks, [0.4, 0.6])
+        assert asked.config.platform is None
+        return asked.function(asked.inputs)[0]
 
-    found = jax.jit(sampled)([network.params for network in pair])
-    assert relative(found, request_of(pair, [0.4, 0.6]).run()) < 1e-5
+    found = sampled([network.params for network in pair])
+    assert relative(found, samples(request(pair, [0.4, 0.6]))) < 1e-5

@@ -47,17 +47,18 @@ def main(port: str, index: str, out: str, job: str) -> None:
         Shards.write = slowly
         mesh = ts.make_mesh(devices=jax.local_devices())
         network = ts.shard(tiny_network(image_shape=(8, 8, 3), guidance_channels=None), mesh)
-        options = dict(num=15, batch=2, steps=3, progress=False, host_timeout=4)
+        sampler = ts.Sampler(network, steps=3)
+        options = dict(num=15, batch=2, progress=False, host_timeout=4)
         if job == "disagree":
             for name, more in (("job", dict(seed=int(index))), ("job", dict(num=15 + int(index))),
                                (f"job {index}", {})):  # fmt: skip
                 try:
-                    ts.generate(folder / name, [network], **(options | more))
+                    ts.generate(folder / name, sampler, **(options | more))
                 except OSError as error:
                     print(f"error: {error}", flush=True)
         else:
             try:
-                ts.generate(folder / "job", [network], **options)
+                ts.generate(folder / "job", sampler, **options)
             except OSError as error:
                 print(f"error: {error}", flush=True)
                 leave_hosts(2)

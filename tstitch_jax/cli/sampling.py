@@ -131,10 +131,12 @@ def called_with(
 
     Without labels there are ten, or, with ``all_labels``, none, which means all.
     """
+    from tstitch_jax.models.conditioning import conditioner_of
+
     prompts, labels = _prompts(arguments), arguments.labels
     cards = [network.card for network in sampler.networks]
-    texts = [card for card in cards if card.context is not None]
-    classes = [card for card in cards if card.context is None]
+    texts = [card for card in cards if conditioner_of(card).takes == "prompts"]
+    classes = [card for card in cards if conditioner_of(card).takes == "labels"]
     if labels and not classes:
         raise ValueError(f"{cards[0].name} has no classes; give --prompt, not --labels")
     if not texts and (prompts or arguments.negative or arguments.text_encoder):

@@ -509,9 +509,8 @@ def calibrate(
         raise ValueError("calibration runs on one device; load the networks without a mesh")
     if costs == "macs" and any(network.card.macs <= 0 for network in networks):
         raise ValueError("a card says nothing of multiply-adds; take costs='seconds'")
-    classes = [network.card.num_classes for network in networks if network.card.context is None]
-    if labels is None and classes:
-        labels = list(range(classes[-1]))
+    if labels is None and "labels" in sampler.takes:
+        labels = list(range(max(network.card.num_classes for network in networks)))
     asked = dict(
         labels=None if labels is None else _in_turn(conditions, labels),
         prompts=None if prompts is None else _in_turn(conditions, prompts),

@@ -23,9 +23,9 @@ from tstitch_jax.core.types import Condition
 from tstitch_jax.jobs.hosts import HostError, Hosts, tell_all
 from tstitch_jax.jobs.shards import SAMPLES, Shards, differences
 from tstitch_jax.models import devices
+from tstitch_jax.models.conditioning import check_texts
 from tstitch_jax.models.types import Autoencoder, Network, TextEncoder
 from tstitch_jax.sampling.checks import MAX_BATCH
-from tstitch_jax.sampling.conditioning import check_encoders, check_texts
 from tstitch_jax.sampling.program import Inputs, SampleRequest
 from tstitch_jax.sampling.sampler import Sampler
 
@@ -227,12 +227,12 @@ def generate(
             return sampler.condition(labels=chosen)
 
     else:
-        if labels is not None or any(card.context is None for card in cards):
+        if labels is not None or sampler.takes != {"prompts"}:
             raise ValueError("prompts are for networks that are all conditioned on texts alone")
         if negative is not None and not isinstance(negative, str):
             raise ValueError(f"negative must be one text, got {shown(negative)}")
         cycle = check_texts("prompts", prompts)
-        encoders = check_encoders(sampler.text_encoders(), cards)
+        encoders = sampler.text_encoders()
 
         def condition_of(chosen: list[Any]) -> Condition:
             return sampler.condition(prompts=chosen, negative=negative)

@@ -85,13 +85,19 @@ class Shards:
             yield
 
     def _compare(self, file: Path) -> None:
-        """Raises ValueError, naming the differences, if the folder's settings are not these."""
+        """Raises ValueError if the folder's settings are not these; the error names differences."""
         try:
             old = json.loads(file.read_text())
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}); choose another folder") from None
         if not isinstance(old, dict):
             raise ValueError(f"{file} is damaged (no settings); choose another folder")
+        found, own = (json.dumps(each.get("format")) for each in (old, self.settings))
+        if found != own:
+            raise ValueError(
+                f"{self.folder} was begun by another release (format {found:.20}, this one writes "
+                f"{own}), whose jobs cannot be resumed; choose another folder"
+            )
         if said := differences(old, self.settings):
             raise ValueError(
                 f"{self.folder} holds images of other settings: {'; '.join(said)}; "

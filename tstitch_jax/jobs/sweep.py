@@ -15,7 +15,7 @@ import shutil
 import statistics
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from tstitch_jax.core.checks import as_json, check_number, check_whole, is_list, shown
 from tstitch_jax.core.files import write_text
 from tstitch_jax.core.plan import Plan
+from tstitch_jax.core.types import Condition
 from tstitch_jax.evaluation import METRICS, evaluate, metric_key, metric_name, open_source
 from tstitch_jax.evaluation.request import check_features, check_request
 from tstitch_jax.evaluation.sources import Source
@@ -37,11 +38,10 @@ from tstitch_jax.jobs.generate import generate
 from tstitch_jax.jobs.shards import differences
 from tstitch_jax.jobs.timing import pareto_front, pass_seconds, passes, timed
 from tstitch_jax.models import devices
-from tstitch_jax.models.cards import Card
+from tstitch_jax.models.conditioning import check_texts, conditioner_of
 from tstitch_jax.models.types import FeatureNetwork, Network
 from tstitch_jax.report import charts, pictures
 from tstitch_jax.sampling.checks import MAX_BATCH
-from tstitch_jax.sampling.conditioning import check_encoders, check_texts
 from tstitch_jax.sampling.program import SampleRequest
 from tstitch_jax.sampling.sampler import Sampler, make_sampler
 
@@ -272,49 +272,32 @@ def _check(config: SweepConfig) -> None:
             raise ValueError(f"{_where(point)} and {_where(other)} have one name, {_name(point)}")
 
 
-def _texts(
-    config: SweepConfig, cards: Sequence[Card], given: dict[str, Any], load: Callable[[str], Any]
-) -> dict[str, Any]:
-    """What ``generate`` is told of texts; raises ValueError if the networks take something else.
+def _texts(config: SweepConfig, sampler: Sampler, given: dict[str, Any]) -> dict[str, Any]:
+    """What ``generate`` is given of texts; raises ValueError if the networks take something else.
 
     Args:
         config: The sweep.
-        cards: Of a point's networks.
-        given: A point's options that are of texts.
-        load: From a name to a network.
+        sampler: A point's sampler.
+        given: The point's own option ``negative``, if any.
     """
-    of_texts = {card.context is not None: card.name for card in cards}
-    if len(of_texts) > 1:
+    name = sampler.names[0]
+    if len(sampler.takes) > 1:
         raise ValueError(
-            f"{of_texts[True]} is conditioned on texts, {of_texts[False]} on classes; a sweep is "
-            "of the one or the other"
+            f"{' and '.join(sampler.names)} are conditioned on texts and on classes; a sweep is of "
+            "the one or the other"
         )
-    if True in of_texts and config.prompts is None:
-        raise ValueError(f"{cards[0].name} draws images of texts; give the sweep prompts")
-    if False in of_texts and config.prompts is not None:
-        raise ValueError(f"{cards[0].name} is conditioned on classes; leave out the prompts")
-    if config.prompts is None:
+    if sampler.takes == {"labels"}:
+        if config.prompts is not None:
+            raise ValueError(f"{name} is conditioned on classes; leave out the prompts")
         if given:
             raise ValueError(f"{min(given)} goes with prompts")
         return {}
-    negative, names = given.get("negative", ""), given.get("text_encoder")
+    if config.prompts is None:
+        raise ValueError(f"{name} is conditioned on texts; give the sweep prompts")
+    negative = given.get("negative", "")
     if not isinstance(negative, str):
         raise ValueError(f"negative must be one text, got {shown(negative)}")
-    if names is None:
-        names = [card.text_encoder for card in cards]
-    names = [names] * len(cards) if isinstance(names, str) else names
-    if not is_list(names) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"text_encoder must be a name or a list of names, got {shown(names)}")
-    if len(names) != len(cards):
-        raise ValueError(
-            f"text_encoder must be one name, or one for each of the {len(cards)} networks, got "
-            f"{len(names)}"
-        )
-    if "" in names:
-        unsaid = cards[names.index("")].name
-        raise ValueError(f"the card of {unsaid} names no text encoder; give option text_encoder")
-    encoders = check_encoders([load(name) for name in names], cards)
-    return dict(prompts=list(config.prompts), negative=negative, text_encoder=encoders)
+    return dict(prompts=list(config.prompts), negative=negative)
 
 
 def _open_way(
@@ -339,22 +322,29 @@ def _open_way(
     networks = [load(name) for name in point.networks]
     for name, network in zip(point.networks, networks, strict=True):
         if not isinstance(network, Network):
-            raise ValueError(f"{name} draws no images")
-    texts = _texts(config, [network.card for network in networks], of_texts, load)
-    coder, encoders = networks[-1].card.autoencoder, texts.pop("text_encoder", None)
-    size = options.pop("size")
+            raise ValueError(f"{name} is not a denoiser")
+    names = of_texts.pop("text_encoder", None)
+    names = [names] * len(networks) if isinstance(names, str) else names
+    if names is not None and not (is_list(names) and all(isinstance(n, str) for n in names)):
+        raise ValueError(f"text_encoder must be a name or a list of names, got {shown(names)}")
+    coder = networks[-1].card.autoencoder
     sampler = make_sampler(
-        networks, autoencoder=load(coder) if coder else None, text_encoder=encoders, **options
+        networks,
+        autoencoder=load(coder) if coder else None,
+        text_encoder=names and [load(name) for name in names],
+        **{k: v for k, v in options.items() if k != "size"},
     )
-    options["size"] = size
+    texts = _texts(config, sampler, of_texts | ({"text_encoder": names} if names else {}))
     count = config.batch * (1 if mesh is None else mesh.shape[devices.DATA])
-    if texts:  # numbers of any kind, as nothing is to be computed yet
-        shapes = [(count, encoder.tokens, encoder.width) for encoder in encoders]
-        contexts = [np.zeros(shape, np.float32) for shape in shapes]
-        asked: dict[str, Any] = dict(cond=contexts, negative=contexts)
-    else:
-        asked = dict(labels=np.resize(np.arange(networks[-1].card.num_classes), count).tolist())
-    request = sampler.request(jax.random.key(0), size=size, **asked)
+    examples = [conditioner_of(network.card).example(count) for network in networks]
+    scales = sampler.guidance.scale
+    nulls = [
+        None if scale is None else each.null for each, scale in zip(examples, scales, strict=True)
+    ]
+    cond = Condition(tuple(each.given for each in examples), tuple(nulls))
+    if texts:  # which are checked, and their encoders loaded
+        sampler.condition(prompts=texts["prompts"][:1], negative=texts["negative"])
+    request = sampler.request(jax.random.key(0), cond=cond, size=options["size"])
     return ResolvedPoint(
         point=point, name=_name(point), sampler=sampler, options=options, texts=texts,
         request=request,

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from tstitch_jax.core.types import Condition
+from tstitch_jax.models.conditioning import conditioner_of
 from tstitch_jax.models.types import Network
 from tstitch_jax.sampling.program import SampleRequest
 from tstitch_jax.sampling.sampler import Sampler
@@ -64,14 +66,12 @@ def pass_seconds(
     """
     steps = []
     for network in networks:
-        card = network.card
-        given: dict[str, Any] = dict(size=shape and shape[:2])
-        if card.context is None:
-            given["labels"] = np.resize(np.arange(card.num_classes), batch).tolist()
-        else:
-            given["cond"] = np.zeros((batch, *card.context), np.float32)
-        step = Sampler(network, steps=1, guidance=None)
-        steps.append(step.request(jax.random.key(0), decode=False, **given).prepared())
+        given, _ = conditioner_of(network.card).example(batch)
+        request = Sampler(network, steps=1, guidance=None).request(
+            jax.random.key(0), cond=Condition((given,), (None,)), size=shape and shape[:2],
+            decode=False,
+        )  # fmt: skip
+        steps.append(request.prepared())
     # In rounds that go through all, so that what slows the machine for a while slows them all.
     rounds = [[timed(step) for step in steps] for _ in range(ROUNDS + 1)][1:]
     return [statistics.median(times) for times in zip(*rounds, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,9 @@ class FeatureModel:
         return self.module.apply({"params": self.params}, ids, method="texts")
 
 
+Owner = TypeVar("Owner", bound="_Owner")
+
+
 class _Owner:
     """An object that owns a pytree with parameters, and shows itself by its card."""
 
@@ -150,7 +153,7 @@ class _Owner:
         """Its parameters, a nested dict."""
         return self.tree.params
 
-    def with_params(self, params: Params) -> Self:
+    def with_params(self: Owner, params: Params) -> Owner:
         """The same network with other parameters of the same shapes."""
         tree = dataclasses.replace(self.tree, params=params)
         return dataclasses.replace(self, **{self._tree: tree})  # pyright: ignore
@@ -194,7 +197,7 @@ class Autoencoder(_Owner):
     """
 
     _tree = "coder"
-    coder: Coder
+    coder: Any
     card: AutoencoderCard
     factor: int
     channels: int
@@ -221,7 +224,7 @@ class FeatureNetwork(_Owner):
     """
 
     _tree = "model"
-    model: FeatureModel
+    model: Any
     card: FeatureCard
     dtype: str = "float32"
     tokenizer: Tokenizer | None = None
@@ -241,7 +244,7 @@ class TextEncoder(_Owner):
     """
 
     _tree = "model"
-    model: TextModel
+    model: Any
     card: TextEncoderCard
     tokens: int
     width: int

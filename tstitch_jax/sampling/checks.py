@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.core.checks import as_array, check_number, is_list, shown, unknown
+from tstitch_jax.core.checks import as_array, check_number, is_list, shown
 from tstitch_jax.models.cards import Card
 from tstitch_jax.models.types import Autoencoder, FeatureNetwork, Network, TextEncoder
 
@@ -96,51 +96,6 @@ def class_names(labels: Any, cards: Sequence[Card]) -> tuple[str, ...]:
     return tuple(
         each if isinstance(each, str) else names[each] if names else str(each) for each in labels
     )
-
-
-def _numbers(labels: Any, card: Card) -> Any:
-    """The labels with class names, in any case, replaced by their numbers."""
-    if not is_list(labels) or not any(isinstance(each, str) for each in labels):
-        return labels
-    known = {name.lower(): i for i, name in enumerate(card.class_names)}
-    for each in labels:
-        if isinstance(each, str) and each.lower() not in known:
-            raise unknown("label", each, card.class_names or [f"0 to {card.num_classes - 1}"])
-    return [known[each.lower()] if isinstance(each, str) else each for each in labels]
-
-
-def parse_labels(labels: Any, cards: Sequence[Card]) -> tuple[np.ndarray, ...]:
-    """Labels for each network, from one list for all or one list for each."""
-    if not is_list(labels) or not len(labels) or not is_list(labels[0]):
-        for card in cards:
-            if card.num_classes != cards[0].num_classes:
-                raise ValueError(
-                    f"{cards[0].name} and {card.name} cannot share labels: their number of classes "
-                    f"differs, {cards[0].num_classes} and {card.num_classes}; give a list of "
-                    "labels for each network"
-                )
-        labels = [labels] * len(cards)
-    if len(labels) != len(cards):
-        raise ValueError(f"{len(cards)} networks need as many lists of labels, got {len(labels)}")
-    checked = []
-    for own, card in zip(labels, cards, strict=True):
-        array = as_array(_numbers(own, card))
-        if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(
-                f"labels must be a list of whole numbers, one an image, got {shown(own)}"
-            )
-        if array.min() < 0 or array.max() >= card.num_classes:
-            wrong = [int(v) for v in array if not 0 <= v < card.num_classes]
-            raise ValueError(
-                f"labels must be 0 to {card.num_classes - 1}, got {', '.join(map(str, wrong[:5]))}"
-            )
-        if checked and len(array) != len(checked[0]):
-            raise ValueError(
-                f"every network needs labels for the same images, got {len(checked[0])} "
-                f"and {len(array)}"
-            )
-        checked.append(array.astype(np.int32))
-    return tuple(checked)
 
 
 def check_autoencoder(network: Network, autoencoder: Autoencoder | None) -> None:

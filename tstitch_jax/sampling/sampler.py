@@ -24,7 +24,8 @@ from tstitch_jax.core.types import Condition, Key, Knots, Solver
 from tstitch_jax.hub import resolve
 from tstitch_jax.models import devices
 from tstitch_jax.models.build import outline
-from tstitch_jax.models.types import Autoencoder, Network
+from tstitch_jax.models.conditioning import Conditioner, conditioner_of
+from tstitch_jax.models.types import Autoencoder, Network, TextEncoder
 from tstitch_jax.sampling.checks import (
     check_autoencoder,
     check_images,
@@ -35,7 +36,7 @@ from tstitch_jax.sampling.checks import (
     check_start,
     class_names,
 )
-from tstitch_jax.sampling.conditioning import make_conditions
+from tstitch_jax.sampling.conditioning import make_condition
 from tstitch_jax.sampling.options import Guidance
 from tstitch_jax.sampling.program import Config, Inputs, SampleRequest, place
 from tstitch_jax.sampling.samples import Samples
@@ -245,20 +246,27 @@ class Sampler:
                 ) from None
         return self._load(source)
 
-    def text_encoders(self) -> Any:
-        """The text encoders, one for all networks that take texts or a list with one for each."""
+    def _conditioners(self) -> list[Conditioner]:
+        return [conditioner_of(network.card) for network in self._networks]
+
+    @property
+    def takes(self) -> set[str]:
+        """What the networks are conditioned on: ``"labels"``, ``"prompts"``, or both."""
+        return {conditioner.takes for conditioner in self._conditioners()}
+
+    def text_encoders(self) -> list[TextEncoder]:
+        """One for each network that takes prompts; they load at the first use."""
+        takes = [conditioner.takes for conditioner in self._conditioners()]
+        cards = [n.card for n, kind in zip(self._networks, takes, strict=True) if kind == "prompts"]
         source = self._options["text_encoder"]
-        if is_list(source):
-            return [self._load(each) for each in source]
-        if source is not None:
-            return self._load(source)
-        cards = [network.card for network in self._networks if network.card.context is not None]
-        for card in cards:
-            if not card.text_encoder:
-                raise ValueError(
-                    f"the card of {card.name} names no text encoder; give text_encoder"
-                )
-        return [self._load(card.text_encoder) for card in cards]
+        if source is None:
+            for card in cards:
+                if not card.text_encoder:
+                    raise ValueError(
+                        f"the card of {card.name} names no text encoder; give text_encoder"
+                    )
+            source = [card.text_encoder for card in cards]
+        return [self._load(each) for each in (source if is_list(source) else [source] * len(cards))]
 
     def condition(
         self, *, labels: Any = None, prompts: Any = None, cond: Any = None, negative: Any = None
@@ -269,17 +277,15 @@ class Sampler:
         """
         if isinstance(cond, Condition):
             return cond
-        conditions = make_conditions(
-            [network.card for network in self._networks],
+        return make_condition(
+            self.names,
+            self._conditioners(),
             [scale is not None for scale in self.guidance.scale],
             labels=labels,
-            context=cond,
+            cond=cond,
             prompts=prompts,
             negative=negative,
             text_encoder=self.text_encoders() if prompts is not None else None,
-        )
-        return Condition(
-            tuple(each.given for each in conditions), tuple(each.null for each in conditions)
         )
 
     def request(
