@@ -40,7 +40,7 @@ _MAX_EXPANDED = 2**26
 _MAX_OPCODES = 5 * 10**6
 _MAX_NAMES = 1000
 _MAX_KEY, _MAX_KEYS = 2**10, 2**20  # costs of one key and of all keys
-_COMPUTED = 2**8  # cost of a key whose hash a file can choose
+_COMPUTED = 2**8  # cost of a key that is the result of a call
 _CHUNK = 2**22
 
 STORAGES = {
@@ -237,16 +237,16 @@ class _Stream:
 def _scan(stream: _Stream) -> None:
     """Bounds the time and the memory of unpickling, and moves the stream to the pickle's end.
 
-    Lengths must lie in the stream, and memo indices must be smaller than the pickle, since the
-    unpickler allocates as many slots. For each value on the stack, the cost of hashing it is
-    tracked: each use as a key reads nested tuples again, and most computed values and large
-    integers can be made to collide. Opcodes must not cross the end of a frame, where the unpickler
-    would read other opcodes than this function.
+    Lengths must lie in the stream, and memo indices must not exceed the number of opcodes, since
+    the unpickler allocates as many slots. For each value on the stack, the cost of hashing it is
+    tracked: each use as a key reads large integers and nested tuples again, and computed values can
+    be made to collide. Opcodes must not cross the end of a frame, where the unpickler would read
+    other opcodes than this function.
     """
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}
-    start, frame_end, spent = stream.tell(), 0, 0
+    frame_end = spent = 0
     operations: Iterator[tuple[Any, Any, Any]] = pickletools.genops(cast("IO[bytes]", stream))
     for count, (opcode, arg, position) in enumerate(operations):
         name, before = opcode.name, opcode.stack_before
@@ -276,7 +276,7 @@ def _scan(stream: _Stream) -> None:
             case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
                 stack += operands
                 index = len(memo) if arg is None else arg
-                if index > stream.tell() - start:
+                if index > count:  # writers number values from 0 or 1 on
                     raise CheckpointError(f"is damaged: it has the memo index {index}; {COPY}")
                 memo[index] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
@@ -286,8 +286,10 @@ def _scan(stream: _Stream) -> None:
             case "DUP":
                 stack += operands * 2
             case _ if name not in ("APPENDS", "SETITEMS", "ADDITEMS"):  # these leave their target
-                computed = before or (type(arg) is int and abs(arg) >= 2**63)
-                stack += [_COMPUTED if computed else 0] * len(opcode.stack_after)
+                cost = _COMPUTED if before else 0
+                if type(arg) is int and abs(arg) >= 2**63:
+                    cost = _MAX_KEY + 1
+                stack += [cost] * len(opcode.stack_after)
 
 
 def unpickle(
@@ -377,7 +379,7 @@ class _Unpickler(pickle.Unpickler):
                 inner.startswith("torch._utils.")  # not itself again, nested without end
             ):
                 return self.build(inner, inner_args)
-            case "Size", (tuple(size),) if all(type(n) is int for n in size):
+            case "Size", (tuple(size),) if len(size) <= 64 and all(type(n) is int for n in size):
                 return tuple(self._copied(size))
             case "set" | "frozenset" as kind, () | (list(),):
                 members = self._hashable(args[0] if args else [])
