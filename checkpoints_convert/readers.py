@@ -69,11 +69,11 @@ def _is_state(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and bool(value)
-        and all(type(k) is str and type(v) is np.ndarray for k, v in value.items())
+        and all(type(k) is str and type(v) is Tensor for k, v in value.items())
     )
 
 
-def _unwrap(value: Any, depth: int = 3) -> dict[str, np.ndarray] | None:
+def _unwrap(value: Any, depth: int = 3) -> dict[str, Tensor] | None:
     """The first state dict: the averaged weights of a training checkpoint, or what there is."""
     if _is_state(value) or not isinstance(value, dict) or not depth:
         return value if _is_state(value) else None
@@ -88,20 +88,12 @@ def _torch(path: Path) -> dict[str, Tensor]:
         mend = f"save model.state_dict(), by itself or under one of: {', '.join(WRAPPERS)}"
         if not isinstance(whole, dict):
             raise CheckpointError(f"{path} holds a {type(whole).__name__}, no state dict; {mend}")
-        others = [str(k) for k, v in whole.items() if type(v) is not np.ndarray]
+        others = [str(k) for k, v in whole.items() if type(v) is not Tensor]
         raise CheckpointError(
             f"{path} holds no state dict of tensors alone, but {', '.join(others[:5]) or 'nothing'}"
             f"; {mend}"
         )
-    return {
-        name: Tensor(
-            array.shape,
-            array.dtype,
-            functools.partial(np.asarray, array),
-            functools.partial(torch_zip.release, array),
-        )
-        for name, array in state.items()
-    }
+    return dict(state)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

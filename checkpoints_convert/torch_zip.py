@@ -1,19 +1,16 @@
 """Files of ``torch.save``, read without torch and without running anything; its zip format.
 
-That is the format since torch 1.6. Older files go to ``torch_legacy``.
+This is the format since torch 1.6. ``torch_legacy`` reads older files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import mmap
 import os
 import re
 import struct
 import zipfile
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,96 +20,56 @@ from checkpoints_convert import torch_legacy
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.torch_pickle import (
     COPY,
+    LARGE,
     MAX_PICKLE,
     RESAVE,
     STORAGES,
-    Machine,
-    Opaque,
-    check_bools,
-    chunks,
-)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Record:
-    offset: int
-    size: int
-    crc: int
-
-
-_ANY_ERROR = (
-    zipfile.BadZipFile,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    RuntimeError,  # and NotImplementedError, RecursionError
-    TypeError,
-    ValueError,  # and UnicodeError
-    struct.error,
-    zlib.error,
-    Warning,  # of an odd escape sequence, where warnings are errors
+    Storage,
+    errors_of,
+    unpickle,
 )
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Reads what ``torch.save`` wrote.
+    """Reads a file that ``torch.save`` wrote.
 
     Args:
         path: The file.
 
     Returns:
-        Its object. Tensors are read-only arrays that are views of a map of the file, which must
-        therefore not be changed while they live; what is neither a tensor nor plain data is an
-        ``Opaque``. A hostile file's containers may hold themselves.
+        The file's object. Each tensor is a ``rules.Tensor``, whose ``read`` checks its storage and
+        returns a read-only view of a map of the file, which must therefore not be changed while
+        tensors are in use. An object that is neither a tensor nor plain data is an
+        ``torch_pickle.Opaque``. Containers of a hostile file may contain themselves.
 
     Raises:
-        CheckpointError: If there is no such file, or it is damaged, unsafe, or of another format.
+        CheckpointError: If the file does not exist, is damaged or unsafe, or has another format.
         OSError: If the file cannot be read.
     """
-    try:
-        if not Path(path).exists():
+    path = Path(path)
+    with errors_of(path):
+        if not path.exists():
             raise CheckpointError("does not exist; check the path")
-        if not Path(path).is_file():
+        if not path.is_file():
             raise CheckpointError("is not a file; name the checkpoint file itself")
         with open(path, "rb") as file:
-            return _reader(file).read()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} {error}") from error
-    except _ANY_ERROR as error:
-        found = " ".join(f"{type(error).__name__}: {str(error)[:200]}".split())
-        raise CheckpointError(f"{path} is damaged ({found}); {COPY}, or {RESAVE}") from error
-
-
-def release(array: np.ndarray) -> None:
-    """Lets go of the memory of a checkpoint's pages that were used; they are read again if needed.
-
-    Args:
-        array: Any array of ``load``: the pages of the whole file go. Others are left alone.
-    """
-    base: Any = array
-    while isinstance(base, np.ndarray | memoryview):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    # Only what cannot have been written comes back the same.
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and memoryview(base).readonly:
-        base.madvise(mmap.MADV_DONTNEED)
-
-
-def _reader(file: BinaryIO) -> _Reader | torch_legacy.Reader:
-    head = file.read(512)
-    if torch_legacy.begins(head):
-        return torch_legacy.Reader(file)
-    if head[257:262] == b"ustar":
-        raise CheckpointError(
-            "is in the tar format of torch 0.1, which is not read; if you trust it, re-save it in "
-            'torch 1.6 or newer: torch.save(torch.load(path, map_location="cpu", '
-            "weights_only=False), new_path)"
-        )
-    if not head.startswith(b"PK\x03\x04"):
-        found = "begins with " + repr(head[:8]) if head else "is empty"
-        raise CheckpointError(f"is not a torch checkpoint: it {found}; check the path, or {COPY}")
-    return _Reader(file)
+            head = file.read(512)
+            if head[257:262] == b"ustar":
+                raise CheckpointError(
+                    "is in the tar format of torch 0.1, which is not read; if you trust it, "
+                    'load it with torch.load(path, map_location="cpu", weights_only=False) in '
+                    "torch 1.6 or newer and save it again with torch.save"
+                )
+            legacy = torch_legacy.begins(head)
+            if not legacy and not head.startswith(b"PK\x03\x04"):
+                start = "begins with " + repr(head[:8]) if head else "is empty"
+                raise CheckpointError(
+                    f"is not a torch checkpoint: it {start}; check the path, or {COPY}"
+                )
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if legacy:
+                return torch_legacy.read(path, data)
+            return _read(_records(path, data, file))
 
 
 def _root(names: list[str]) -> str:
@@ -130,15 +87,15 @@ def _root(names: list[str]) -> str:
     return roots[0]
 
 
-def _records(file: BinaryIO) -> tuple[str, dict[str, _Record]]:
-    """The archive's root and its records by name; they are plain and do not overlap."""
+def _records(path: Path, data: mmap.mmap, file: BinaryIO) -> dict[str, Storage]:
+    """The bytes of the archive's records by name, without the archive's root folder."""
     try:
         archive = zipfile.ZipFile(file)
-    except (*_ANY_ERROR, OSError) as error:  # OSError: sought before the file's begin
+    except Exception as error:  # of many types, OSError too: a position before the file's begin
         raise CheckpointError(f"is truncated or damaged: {error}; {COPY}") from error
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     root = _root([info.orig_filename for info in infos])
-    records: dict[str, _Record] = {}
+    records: dict[str, Storage] = {}
     end = 0
     for info in infos:
         name = info.orig_filename  # ``filename`` is a repaired one
@@ -149,78 +106,54 @@ def _records(file: BinaryIO) -> tuple[str, dict[str, _Record]]:
             raise CheckpointError(f"holds the record {shown} twice; {RESAVE}")
         if not end <= info.header_offset < archive.start_dir:
             raise CheckpointError(f"is damaged: the record {shown} overlaps another; {COPY}")
-        file.seek(info.header_offset)
-        signature, _, flags, method, _, name_size, extra_size = struct.unpack(
-            "<4sHHH16sHH", file.read(30)
+        signature, flags, method, name_size, extra_size = struct.unpack_from(
+            "<4s2xHH16xHH", data, info.header_offset
         )
         if info.flag_bits & 1 or flags & 1:
             raise CheckpointError(f"holds the encrypted record {shown}; {RESAVE}")
         if info.compress_type or method:
             raise CheckpointError(f"holds the compressed record {shown}; {RESAVE}")
         encoded = name.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-        if signature != b"PK\x03\x04" or file.read(name_size) != encoded:
+        name_at = info.header_offset + 30
+        if signature != b"PK\x03\x04" or data[name_at : name_at + name_size] != encoded:
             raise CheckpointError(f"is damaged: the record {shown} has no header; {COPY}")
-        start = info.header_offset + 30 + name_size + extra_size
+        start = name_at + name_size + extra_size
         end = start + info.file_size
         if info.compress_size != info.file_size or end > archive.start_dir:
             raise CheckpointError(f"is damaged: the record {shown} has a wrong size; {COPY}")
-        records[name] = _Record(start, info.file_size, info.CRC)
-    return root, records
+        values = Storage(path, data, np.dtype(np.uint8), start, info.file_size, name, info.CRC)
+        records[name] = values
+    return {name.removeprefix(root): record for name, record in records.items()}
 
 
-class _Reader:
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._root, self._records = _records(file)
-        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._storages: dict[str, np.ndarray] = {}
-
-    def read(self) -> Any:
-        byteorder = self._records.get(f"{self._root}byteorder")
-        if byteorder and self._bytes(byteorder) != b"little":
+def _read(records: dict[str, Storage]) -> Any:
+    if byteorder := records.get("byteorder"):
+        byteorder.check()
+        if byteorder.data[byteorder.start : byteorder.start + min(byteorder.count, 7)] != b"little":
             raise CheckpointError("is not little-endian; re-save it on a little-endian machine")
-        data = self._bytes(self._records[f"{self._root}data.pkl"])
-        return Machine(io.BytesIO(data), len(self._map), self._storage).run()
+    storages: dict[str, Storage] = {}
 
-    def _chunks(self, record: _Record) -> Iterator[bytes]:
-        crc = 0
-        for chunk in chunks(self._file, record.offset, record.size):
-            crc = zlib.crc32(chunk, crc)
-            yield chunk
-        if crc != record.crc:
-            raise CheckpointError(
-                f"has a damaged record: its CRC-32 is {crc:08x}, expected {record.crc:08x}; {COPY}"
-                ", or re-save it after torch.serialization.set_crc32_options(True) if torch was "
-                "told not to write checksums"
-            )
-
-    def _bytes(self, record: _Record) -> bytes:
-        if record.size > MAX_PICKLE:
-            raise CheckpointError(
-                f"holds {record.size} bytes beside its tensors, at most {MAX_PICKLE} are read; "
-                "re-save only the tensors: torch.save(model.state_dict(), path)"
-            )
-        return b"".join(self._chunks(record))
-
-    def _storage(self, identity: Any) -> np.ndarray:
+    def storage(identity: Any) -> Storage:
         match identity:
-            case ("storage", Opaque(name), str(key), _, int(count)) if name in STORAGES:
-                dtype = np.dtype(STORAGES[name])
+            case ("storage", type(name=kind), str(key), _, int(count)) if kind in STORAGES:
+                dtype = STORAGES[kind]
             case _:
                 raise CheckpointError(f"refers to a storage of an unknown kind; {RESAVE}")
-        record = self._records.get(f"{self._root}data/{key}")
+        record = records.get(f"data/{key}")
         if record is None:
             raise CheckpointError(f"has no record of the storage {key[:100]!r}; {COPY}")
-        if type(count) is not int or count * dtype.itemsize != record.size:
+        if type(count) is not int or count * dtype.itemsize != record.count:
             raise CheckpointError(
-                f"is damaged: the storage {key!r} has {record.size} bytes, not what {name} of its "
+                f"is damaged: the storage {key!r} has {record.count} bytes, not what {kind} of its "
                 f"length has; {COPY}"
             )
-        if key not in self._storages:
-            for chunk in self._chunks(record):
-                if dtype == np.bool_:
-                    check_bools(chunk, key)
-            self._storages[key] = np.frombuffer(self._map, dtype, count, record.offset)
-        if self._storages[key].dtype != dtype:
+        typed = dataclasses.replace(record, dtype=dtype, count=count, key=key)
+        if storages.setdefault(key, typed).dtype != dtype:
             raise CheckpointError(f"is damaged: the storage {key!r} has two types; {COPY}")
-        return self._storages[key]
+        return storages[key]
+
+    pickled = records["data.pkl"]
+    if pickled.count > MAX_PICKLE:
+        raise CheckpointError(LARGE)
+    pickled.check()
+    return unpickle(pickled.data, pickled.start, pickled.start + pickled.count, storage)[0]

@@ -277,22 +277,6 @@ def test_a_sit_is_sampled_as_published(tmp_path):
     assert relative(found, x) < LIMIT
 
 
-def test_training_checkpoints_are_unwrapped():
-    state = {"a": np.zeros(1)}
-    for whole in (
-        state,
-        {"ema": state, "model": {"b": np.ones(1)}},
-        {"ema": {"decay": 0.9, "updates": 3}, "model": state, "opt": {}},
-        {"model": {"state_dict": state}},
-    ):
-        assert readers._unwrap(whole) is state
-    for whole in ({}, [], {"ema": {}}, {"opt": state}, {"a": np.zeros(1), "b": 3}):
-        assert readers._unwrap(whole) is None
-    itself = {}
-    itself["model"] = itself
-    assert readers._unwrap(itself) is None
-
-
 def test_a_single_block_of_diffusers_is_not_guessed(tmp_path):
     shutil.copytree(DIFFUSERS / "dit", tmp_path / "source")
     file = tmp_path / "source" / "diffusion_pytorch_model.safetensors"

@@ -1,6 +1,6 @@
 """Torch's format from before 1.6: hand-made files, and files that are damaged or hostile.
 
-What torch itself wrote is read in ``test_torch_zip.py``.
+``test_torch_zip.py`` reads the files of this format that torch wrote.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import os
 import pickle
 import struct
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,16 @@ from test_torch_zip import (
     PLAIN,
     Call,
     Ref,
+    archive,
     bits,
+    check_refused,
     dump,
-    load_bytes,
-    map_of,
+    read_bytes,
     tensor,
 )
 
 from checkpoints_convert import CheckpointError, readers
-from checkpoints_convert.torch_zip import load, release
+from checkpoints_convert.torch_zip import load
 
 WHOLE = (GOLDEN / "legacy_tensors_2.pt").read_bytes()
 TENSORS = bits(load(GOLDEN / "legacy_tensors_2.pt"))
@@ -57,18 +57,6 @@ def legacy(
     return begin + b"\x80\x02" + pickled + b"." + end + data
 
 
-def arrays(value: Any, seen: set[int] | None = None) -> list[np.ndarray]:
-    """All within, which may hold itself."""
-    seen = set() if seen is None else seen
-    if isinstance(value, np.ndarray):
-        return [value]
-    if not isinstance(value, list | tuple | dict) or id(value) in seen:
-        return []
-    seen.add(id(value))
-    items = value.values() if isinstance(value, dict) else value
-    return [array for item in items for array in arrays(item, seen)]
-
-
 def test_a_state_dict_by_name():
     checkpoint = readers.read(GOLDEN / "legacy.pt")
     assert list(checkpoint.tensors) == ["x"]
@@ -76,7 +64,7 @@ def test_a_state_dict_by_name():
 
 
 def test_views_of_storages():
-    loaded = load(GOLDEN / "legacy_views.pt")
+    loaded = {name: view.read() for name, view in load(GOLDEN / "legacy_views.pt").items()}
     np.testing.assert_array_equal(loaded["base"], EXPECTED["base"])
     np.testing.assert_array_equal(loaded["part"], EXPECTED["base"].ravel()[7:13].reshape(2, 3))
     np.testing.assert_array_equal(loaded["transposed"], loaded["part"].T)
@@ -95,43 +83,40 @@ def test_hand_made_files_are_read():
     )
     # In any order of the file's own.
     data = b"".join(stored(v.tobytes(), v.itemsize) for v in reversed(values))
-    loaded = load_bytes(legacy(pickled, keys=("empty", "1", "0"), data=data))
-    np.testing.assert_array_equal(loaded[0], values[0][1:])
-    np.testing.assert_array_equal(loaded[1], values[1])
+    loaded = read_bytes(legacy(pickled, keys=("empty", "1", "0"), data=data))
+    np.testing.assert_array_equal(loaded[0].read(), values[0][1:])
+    np.testing.assert_array_equal(loaded[1].read(), values[1])
     assert loaded[2].shape == (0, 3)
     assert [array.dtype for array in loaded] == [array.dtype for array in values]
-    assert load_bytes(legacy(b"K\x07", keys=(), data=b"")) == 7
+    assert read_bytes(legacy(b"K\x07", keys=(), data=b"")) == 7
     # Python 2 wrote texts as bytes.
     pickled = dump(tensor(), None).replace(dump("storage"), b"U\x07storage")
     pickled = pickled.replace(dump("0"), b"U\x010")
     assert b"U\x07storage" in pickled
-    assert load_bytes(legacy(pickled)).shape == (4,)
-
-
-def test_release():
-    loaded = load(GOLDEN / "legacy_tensors_2.pt")["base"]
-    release(loaded)
-    np.testing.assert_array_equal(loaded, EXPECTED["base"])
+    assert read_bytes(legacy(pickled)).shape == (4,)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_tensors_are_resident_only_while_used(tmp_path):
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_tensors_are_resident_only_while_used(kind, tmp_path):
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
 
     count = 2**23
-    path = tmp_path / "x.pt"
-    pickled = dump(tensor(numel=count, size=(count,)), None)
-    path.write_bytes(legacy(pickled, data=stored(bytes(4 * count))))
+    value, path = tensor(numel=count, size=(count,)), tmp_path / "x.pt"
+    if kind == "zip":
+        archive(tmp_path, dump(value), bytes(4 * count))
+    else:
+        path.write_bytes(legacy(dump(value, None), data=stored(bytes(4 * count))))
     tracemalloc.start()
     empty = resident()
-    array = load(path)
+    loaded = load(path)
     before = resident()
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
-    assert array.sum() == 0
+    assert loaded.read().sum() == 0
     used = resident()
-    release(array)
+    loaded.release()
     after = resident()
     assert before - empty < count
     assert used - before > 3 * count
@@ -140,8 +125,6 @@ def test_tensors_are_resident_only_while_used(tmp_path):
 
 # These are refused by other checks than in the zip format.
 OTHERS = {
-    "binbytes8": "a pickle in it does not end",
-    "bytearray8": "a pickle in it does not end",
     "numel": "the storage '0' has the length 4, expected 5",
     "negative numel": "the storage '0' or a view of it reaches too far",
     "key": "lists other storages than it refers to",
@@ -155,18 +138,7 @@ def test_hostile_pickles(name, tmp_path, monkeypatch):
     pickled, message = HOSTILE[name]
     data = legacy(dump(pickled, None), data=stored(bytes(range(16)), 1 if name == "bools" else 4))
     (tmp_path / "x.pt").write_bytes(data)
-    tracemalloc.start()
-    began = time.process_time()
-    with pytest.raises(CheckpointError, match=OTHERS.get(name, message)) as caught:
-        load(tmp_path / "x.pt")
-    took, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert took < 5
-    assert peak < 2**20 + 200 * len(data)
-    assert str(caught.value).startswith(str(tmp_path / "x.pt"))
-    assert len(str(caught.value).splitlines()) == 1
-    assert len(str(caught.value)) < 600
-    assert os.listdir(tmp_path) == ["x.pt"]
+    check_refused(tmp_path / "x.pt", OTHERS.get(name, message))
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -175,7 +147,7 @@ def test_no_pickle_runs_anything(place, tmp_path, monkeypatch):
     parts = [pickle.dumps(part, 2) for part in (MAGIC, 1001, SYSTEM, {}, [])]
     parts[place] = parts[place][:-1] + dump(Call("os.system", ("touch marker",))) + b"."
     with pytest.raises(CheckpointError, match=r"holds os\.system, which is not data"):
-        load_bytes(b"".join(parts))
+        read_bytes(b"".join(parts))
     assert not os.listdir(tmp_path)
 
 
@@ -198,15 +170,15 @@ def test_no_pickle_runs_anything(place, tmp_path, monkeypatch):
     ],
 )
 def test_hostile_views(view, message):
-    assert load_bytes(legacy(dump(tensor(), ("v", 0, 4)))).shape == (4,)
+    assert read_bytes(legacy(dump(tensor(), ("v", 0, 4)))).shape == (4,)
     with pytest.raises(CheckpointError, match=message):
-        load_bytes(legacy(dump(tensor(), view)))
+        read_bytes(legacy(dump(tensor(), view)))
 
 
 def test_hostile_views_of_one_name():
     both = b"(" + dump(tensor(size=(1,)), ("v", 0, 2)) + dump(tensor(size=(1,)), ("v", 2, 2)) + b"t"
     with pytest.raises(CheckpointError, match="the storage 'v' has two types or places"):
-        load_bytes(legacy(both))
+        read_bytes(legacy(both))
 
 
 TWO = dump((tensor(), tensor(key="1")), None)
@@ -237,7 +209,7 @@ FILE: dict[str, tuple[dict[str, Any], str]] = {
 def test_hostile_files(parts, message):
     pickled = {"pickled": dump(tensor(), None)}
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_bytes(legacy(**pickled | parts))
+        read_bytes(legacy(**pickled | parts))
     assert "\n" not in str(caught.value)
 
 
@@ -246,7 +218,7 @@ def test_storages_outside_of_the_object():
     data = legacy(dump(tensor(), None))
     end = data.rindex(b"\x80\x02]")
     with pytest.raises(CheckpointError, match="a storage outside of its object"):
-        load_bytes(data[:end] + identity)
+        read_bytes(data[:end] + identity)
 
 
 def test_far_storages_cost_nothing(tmp_path):
@@ -274,12 +246,12 @@ def test_huge_pickle(text, tmp_path):
 @given(st.integers(0, len(WHOLE) - 1))
 def test_truncation(length):
     with pytest.raises(CheckpointError):
-        load_bytes(WHOLE[:length])
+        read_bytes(WHOLE[:length])
 
 
 def test_bit_flips_in_values_change_values_alone():
     # There are no checksums, so they are not noticed.
-    changed = bits(load_bytes(WHOLE[:-1] + bytes([WHOLE[-1] ^ 1])))
+    changed = bits(read_bytes(WHOLE[:-1] + bytes([WHOLE[-1] ^ 1])))
     differing = [name for name in TENSORS if changed[name] != TENSORS[name]]
     assert differing
     for name in differing:
@@ -293,14 +265,8 @@ def test_bit_flips(positions):
     data = bytearray(WHOLE)
     for position in positions:
         data[position // 8] ^= 1 << position % 8
-    try:
-        loaded = load_bytes(bytes(data))
-    except CheckpointError:
-        return
-    for array in arrays(loaded):
-        assert isinstance(map_of(array), mmap.mmap)
-        assert not array.flags.writeable
-        assert np.asarray(array).tobytes() is not None
+    with contextlib.suppress(CheckpointError):
+        read_bytes(bytes(data))
 
 
 @settings(max_examples=500)
@@ -311,13 +277,13 @@ def test_bit_flips(positions):
 def test_any_pickle_gives_data_or_the_one_error(pickled, keys):
     data = stored(bytes(16)) if keys else b""
     with contextlib.suppress(CheckpointError):
-        load_bytes(legacy(pickled, keys=keys, data=data))
+        read_bytes(legacy(pickled, keys=keys, data=data))
 
 
 @given(PLAIN, st.integers(2, 5))
 def test_plain_data(value, protocol):
     pickled = pickle.dumps(value, protocol)[2:-1]
-    assert load_bytes(legacy(pickled, keys=(), data=b"")) == value
+    assert read_bytes(legacy(pickled, keys=(), data=b"")) == value
 
 
 @settings(max_examples=300)
@@ -330,8 +296,8 @@ def test_any_storages_give_data_or_the_one_error(numel, length, values):
     data = struct.pack("<Q", length) + values
     pickled = dump(tensor(size=(numel,), numel=numel), None)
     try:
-        loaded = load_bytes(legacy(pickled, data=data))
+        loaded = read_bytes(legacy(pickled, data=data))
     except CheckpointError:
         assert (length, len(values)) != (numel, 4 * numel)
     else:
-        assert loaded.tobytes() == values
+        assert loaded.read().tobytes() == values

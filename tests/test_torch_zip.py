@@ -1,6 +1,6 @@
 """Torch's zip format: every layout, and files that are damaged or hostile.
 
-Some of it is of the format from before, too, whose own tests are in ``test_torch_legacy.py``.
+Some tests also read the older format, whose own tests are in ``test_torch_legacy.py``.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import mmap
 import os
 import pickle
 import struct
-import sys
 import tempfile
 import time
 import tracemalloc
@@ -26,9 +25,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from checkpoints_convert import CheckpointError
-from checkpoints_convert.torch_pickle import Opaque
-from checkpoints_convert.torch_zip import load, release
+from checkpoints_convert import CheckpointError, readers
+from checkpoints_convert.rules import Tensor
+from checkpoints_convert.torch_zip import load
 
 GOLDEN = Path(__file__).parent / "golden" / "torch_zip"
 WHOLE = (GOLDEN / "tensors_2.pt").read_bytes()
@@ -36,31 +35,50 @@ with np.load(GOLDEN / "expected.npz") as npz:
     EXPECTED = dict(npz)
 
 
-def map_of(array: Any) -> Any:
-    while isinstance(array, np.ndarray | memoryview):
-        array = array.base if isinstance(array, np.ndarray) else array.obj
-    return array
+def tensors_in(value: Any, seen: set[int] | None = None) -> list[Tensor]:
+    """All tensors in a value, which may contain itself."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, list | tuple | dict) or id(value) in seen:
+        return []
+    seen.add(id(value))
+    items = value.values() if isinstance(value, dict) else value
+    return [tensor for item in items for tensor in tensors_in(item, seen)]
 
 
-def load_bytes(data: bytes) -> Any:
+def read_all(path: Path) -> Any:
+    """Loads a file and reads each tensor, whose storage is checked only then."""
+    loaded = load(path)
+    for tensor in tensors_in(loaded):
+        array = tensor.read()
+        assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape)
+        assert isinstance(array.base, mmap.mmap)
+        assert not array.flags.writeable
+        assert array.tobytes() is not None
+    return loaded
+
+
+def read_bytes(data: bytes) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "x.pt").write_bytes(data)
-        return load(Path(folder) / "x.pt")
+        return read_all(Path(folder) / "x.pt")
 
 
 def golden(name: str, kind: str) -> Path:
-    """Of a protocol, such as ``2`` or ``legacy 2``."""
+    """The file of a kind, such as ``2`` or ``legacy 2``: format and protocol."""
     *legacy, protocol = kind.split()
     return GOLDEN / f"{'_'.join([*legacy, name, protocol])}.pt"
 
 
-def bits(tensors: dict[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
-    return {k: (v.dtype, v.shape, v.strides, v.tobytes()) for k, v in tensors.items()}
+def bits(tensors: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
+    arrays = {name: tensor.read() for name, tensor in tensors.items()}
+    return {k: (v.dtype, v.shape, v.strides, v.tobytes()) for k, v in arrays.items()}
 
 
 @pytest.mark.parametrize("kind", ["2", "4", "5", "legacy 1", "legacy 2", "legacy 4"])
 def test_tensors(kind):
-    tensors = load(golden("tensors", kind))
+    tensors = {name: t.read() for name, t in read_all(golden("tensors", kind)).items()}
     assert sorted(tensors) == sorted(name for name in EXPECTED if "/" not in name)
     for name, tensor in tensors.items():
         expected = EXPECTED[name]
@@ -68,8 +86,6 @@ def test_tensors(kind):
         assert tensor.dtype == (dtype or expected.dtype)
         assert tensor.shape == expected.shape
         np.testing.assert_array_equal(tensor.astype(expected.dtype), expected)
-        assert isinstance(map_of(tensor), mmap.mmap)
-        assert not tensor.flags.writeable
     assert np.shares_memory(tensors["base"], tensors["transposed"])
     assert np.shares_memory(tensors["base"], tensors["sliced"])
     assert tensors["transposed"].strides == tensors["base"].strides[::-1]
@@ -80,17 +96,17 @@ def test_tensors(kind):
 def test_training_checkpoint(kind):
     loaded = load(str(golden("training", kind)))
     for part in ("model", "ema"):
-        assert type(loaded[part]) is OrderedDict
+        assert isinstance(loaded[part], OrderedDict)
         assert list(loaded[part]) == ["weight", "bias"]
         for name, tensor in loaded[part].items():
-            np.testing.assert_array_equal(tensor, EXPECTED[f"{part}/{name}"])
+            np.testing.assert_array_equal(tensor.read(), EXPECTED[f"{part}/{name}"])
     assert loaded["opt"]["param_groups"][0]["lr"] == 0.125
     for index, state in loaded["opt"]["state"].items():
-        assert state["step"] == 1
-        np.testing.assert_array_equal(state["exp_avg"], EXPECTED[f"exp_avg/{index}"])
-    assert loaded["args"] == Opaque("argparse.Namespace")
-    assert loaded["best"] == Opaque("numpy._core.multiarray.scalar")
-    assert loaded["dtype"] == Opaque("torch.float32")
+        assert state["step"].read() == 1
+        np.testing.assert_array_equal(state["exp_avg"].read(), EXPECTED[f"exp_avg/{index}"])
+    assert loaded["args"].name == "argparse.Namespace"
+    assert loaded["best"].name == "numpy._core.multiarray.scalar"
+    assert loaded["dtype"].name == "torch.float32"
     assert loaded["shape"] == (2, 3)
     assert type(loaded["shape"]) is tuple
     assert loaded["epoch"] == 3
@@ -99,32 +115,12 @@ def test_training_checkpoint(kind):
     assert list(map(type, loaded["plain"])) == list(map(type, plain))
 
 
-def test_release():
-    tensor = load(GOLDEN / "tensors_2.pt")["base"]
-    release(tensor)
-    np.testing.assert_array_equal(tensor, EXPECTED["base"])
-    release(np.zeros(3))
-    written = np.frombuffer(mmap.mmap(-1, 4096), np.uint8)
-    written[:] = 7
-    release(written)  # would be zeros, were it let go of
-    assert (written == 7).all()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_tensors_are_resident_only_while_used(tmp_path):
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
-
-    count = 2**23
-    pickled = dump(tensor(numel=count, size=(count,)))
-    array = load(archive(tmp_path, pickled, storage=bytes(4 * count)))
-    before = resident()
-    assert array.sum() == 0
-    used = resident()
-    release(array)
-    after = resident()
-    assert used - before > 3 * count
-    assert used - after > 3 * count
+@pytest.mark.parametrize("kind", ["2", "legacy 2"])
+def test_release(kind):
+    tensor = load(golden("tensors", kind))["base"]
+    for _ in range(2):
+        np.testing.assert_array_equal(tensor.read(), EXPECTED["base"])
+        tensor.release()
 
 
 @pytest.mark.parametrize(
@@ -147,12 +143,12 @@ def test_other_files(name, message):
 
 def test_other_formats():
     with pytest.raises(CheckpointError, match="is not a torch checkpoint: it is empty"):
-        load_bytes(b"")
-    tar = r"in the tar format of torch 0\.1, which is not read; .* weights_only=False\), new_path\)"
+        read_bytes(b"")
+    tar = r"in the tar format of torch 0\.1, which is not read; .* save it again with torch\.save"
     with pytest.raises(CheckpointError, match=tar):
-        load_bytes(bytes(257) + b"ustar" + bytes(512))
+        read_bytes(bytes(257) + b"ustar" + bytes(512))
     with pytest.raises(CheckpointError, match="is truncated or damaged"):
-        load_bytes(WHOLE[:-1])
+        read_bytes(WHOLE[:-1])
 
 
 # Hostile files: pickles assembled by hand, in an otherwise valid archive.
@@ -190,6 +186,10 @@ def dump(value: Any, *view: Any) -> bytes:
             return dump(("storage", Ref(kind), key, "cpu", numel, *view)) + b"Q"
         case tuple():
             return b"(" + b"".join(dump(item, *view) for item in value) + b"t"
+        case dict():
+            return (
+                b"}(" + dump(tuple(x for item in value.items() for x in item), *view)[1:-1] + b"u"
+            )
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -219,13 +219,17 @@ def archive(
 
 
 def test_hand_made_pickles_are_read(tmp_path):
-    def read(value: Any, storage: bytes = bytes(16)) -> Any:
+    def load_value(value: Any, storage: bytes = bytes(16)) -> Any:
         return load(archive(tmp_path, b"\x80\x02" + dump(value), storage))
+
+    def read(value: Any, storage: bytes = bytes(16)) -> Any:
+        return load_value(value, storage).read()
 
     numbers = np.arange(4, dtype=np.float32)
     np.testing.assert_array_equal(read(tensor(), numbers.tobytes()), numbers)
     np.testing.assert_array_equal(read(tensor(1, (3,)), numbers.tobytes()), numbers[1:])
     assert read(tensor(2**40, (0, 3), (3, 1))).shape == (0, 3)
+    assert read(tensor(size=(1,), stride=(HUGE,))).shape == (1,)  # a stride that is not used
     untyped = {"kind": "torch.storage.UntypedStorage", "numel": 4}
     loaded = read(v3("torch.uint16", **untyped), b"\1\0\2\0")
     np.testing.assert_array_equal(loaded, np.array([1, 2], np.uint16))
@@ -236,15 +240,58 @@ def test_hand_made_pickles_are_read(tmp_path):
     assert read(Call("torch._utils._rebuild_parameter", parameter)).shape == (4,)
     parameter = (*parameter, {})
     assert read(Call("torch._utils._rebuild_parameter_with_state", parameter)).shape == (4,)
-    # A huge index costs nothing, as the memo is a dict.
-    assert read(b"K\x05r\xff\xff\xff\xff0j\xff\xff\xff\xff") == 5
-    assert read(Call("datetime.date", ("x",))) == Opaque("datetime.date")
-    counts = Call("collections.defaultdict", (Ref("builtins.int"),))
-    assert read(dump(counts) + b"(K\x01K\x02u") == Opaque(counts.name)
-    assert read(dump(Call("collections.deque", ())) + b"(K\x01e}b") == Opaque("collections.deque")
-    assert read(dump(Ref("argparse.Namespace")) + b")}\x92") == Opaque("argparse.Namespace")
-    assert read(Call("builtins.slice", (1, None, 2))) == slice(1, None, 2)
-    assert read(b"K\x012(K\x021(K\x03K\x04000") == 1  # DUP, POP and POP_MARK
+    assert load_value(b"K\x012(K\x021(K\x03K\x04000") == 1  # DUP, POP and POP_MARK
+    pairs = Call("collections.OrderedDict", ([["a", 1], ["b", 2]],))  # as Python 2 wrote it
+    assert list(load_value(pairs).items()) == [("a", 1), ("b", 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "pickled"),
+    [
+        ("datetime.date", Call("datetime.date", ("x",))),
+        ("builtins.slice", Call("builtins.slice", (1, None, 2))),
+        (
+            "collections.defaultdict",
+            dump(Call("collections.defaultdict", (Ref("builtins.int"),))) + b"(K\x01K\x02u",
+        ),
+        ("collections.deque", dump(Call("collections.deque", ())) + b"(K\x01e}b"),
+        ("argparse.Namespace", dump(Ref("argparse.Namespace")) + b")}\x92"),
+    ],
+)
+def test_other_objects_are_only_named(name, pickled, tmp_path):
+    assert load(archive(tmp_path, dump(pickled))).name == name
+
+
+STATE = {"a": tensor()}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        STATE,
+        {"ema": STATE, "model": {"b": tensor()}},
+        {"ema": {"decay": 0.9, "updates": 3}, "model": STATE, "opt": {}},
+        {"model": {"state_dict": STATE}},
+    ],
+)
+def test_training_checkpoints_are_unwrapped(value, tmp_path):
+    assert list(readers.read(archive(tmp_path, dump(value))).tensors) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        [],
+        {"ema": {}},
+        {"opt": STATE},
+        {"a": tensor(), "b": 3},
+        b"}q\0" + dump("model") + b"h\0s",
+    ],
+)
+def test_other_contents_are_refused(value, tmp_path):
+    with pytest.raises(CheckpointError, match="no state dict"):
+        readers.read(archive(tmp_path, dump(value)))
 
 
 TOUCH = ("touch marker",)
@@ -260,7 +307,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         dump("os") + dump("system") + b"\x93" + dump(TOUCH) + b"R",
         r"holds os\.system, which is not data.*torch\.save\(model\.state_dict\(\), path\)",
     ),
-    "stack_global of no text": (b"K\x01K\x02\x93", "names something without text"),
+    "stack_global of no text": (b"K\x01K\x02\x93", "is damaged"),
     "eval": (Call("builtins.eval", ("open('marker', 'w')",)), r"holds builtins\.eval"),
     "python 2's eval": (Call("__builtin__.eval", ("1",)), r"holds builtins\.eval"),
     "getattr": (Call("builtins.getattr", (Ref("os"), "system")), r"holds builtins\.getattr"),
@@ -270,20 +317,58 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "load_from_bytes": (Call("torch.storage._load_from_bytes", ("x",)), "_load_from_bytes"),
     "a long name": (dump("a\nb" * 10**5) + dump("c") + b"\x93", "which is not data"),
     "inst": (b"(" + dump("touch marker") + b"ios\nsystem\n", "opcode INST"),
-    "obj": (b"(" + dump(Ref("os.system")) + dump("touch marker") + b"o", r"os\.system"),
+    "obj": (b"(" + dump(Ref("os.system")) + dump("touch marker") + b"o", "opcode OBJ|holds os"),
     "ext": (b"\x82\x01", "opcode EXT1"),
     "next_buffer": (b"\x97", "opcode NEXT_BUFFER"),
     "persid": (b"Pstorage\n", "opcode PERSID"),
-    "binbytes8": (b"\x8e" + struct.pack("<Q", 2**60), "is damaged"),
-    "bytearray8": (b"\x96" + struct.pack("<Q", 2**60), "is damaged"),
-    "frame": (b"\x95" + struct.pack("<Q", 2**60), "is damaged"),
+    "binbytes8": (b"\x8e" + struct.pack("<Q", 2**60), "does not end"),
+    "bytearray8": (b"\x96" + struct.pack("<Q", 2**60), "does not end"),
+    "frame": (b"\x95" + struct.pack("<Q", 2**60) + b"N", "does not end"),
+    "frames that hide opcodes": (
+        b"\x95" + struct.pack("<Q", 4) + b"NX\0\0" + b"\0\0" + b"r\xff\xff\xff\x7f",
+        "wrong frame",
+    ),
+    "frame in a frame": (
+        b"\x95" + struct.pack("<Q", 10) + b"\x95" + bytes(8) + b"N",
+        "wrong frame",
+    ),
+    "a huge memo index": (b"Nr\xff\xff\xff\xff", "the memo index 4294967295"),
+    "a huge decimal memo index": (b"Np99999999\n", "the memo index 99999999"),
+    "nested pairs as key": (b"}N" + b"2\x86" * 100 + b"K\x01s", "keys that are too large"),
+    "keys that collide": (
+        b"}("
+        + b"".join(
+            b"\x8a\x10" + (k * (2**61 - 1) << 3).to_bytes(16, "little") + b"N"
+            for k in range(1, 9000)
+        )
+        + b"u",
+        "keys that are too large or too many",
+    ),
+    "a list that doubles": (
+        dump([1]) + b"q\0" + (dump(Call("builtins.slice", (0, 0, None))) + b"h\0s") * 40,
+        "is damaged",
+    ),
+    "colliding complex numbers": (
+        dump(Ref("builtins.complex"))
+        + b"q\x000}("
+        + b"".join(
+            b"h\0G" + struct.pack(">d", -1000003.0 * k) + b"G" + struct.pack(">d", k) + b"\x86RN"
+            for k in range(5000)
+        )
+        + b"u",
+        "keys that are too large or too many",
+    ),
+    "names without end": (
+        b"".join(b"cdatetime\nx%d\n0" % k for k in range(2000)) + b"N",
+        "more than 1000 classes",
+    ),
     "long4": (b"\x8b" + struct.pack("<i", -1), "is damaged"),
     "a long decimal": (b"I" + b"9" * 10**5 + b"\n", "is damaged"),
     "memo": (b"j\xff\xff\xff\xff", "is damaged"),
-    "deep key": (b"})" + b"\x85" * 10**5 + b"K\x01s", "has a key of tuple"),
-    "deep member": (b"\x8f()" + b"\x85" * 10**5 + b"\x90", "has a key of tuple"),
-    "long key": (b"}(" + b"N" * 65 + b"tK\x01s", "has a key of 65 parts"),
-    "list key": (b"}]K\x01s", "has a key of list"),
+    "deep key": (b"})" + b"\x85" * 10**5 + b"K\x01s", "keys that are too large"),
+    "deep member": (b"\x8f()" + b"\x85" * 10**5 + b"\x90", "keys that are too large"),
+    "long key": (b"}(" + b"N" * 2**10 + b"tK\x01s", "keys that are too large"),
+    "list key": (b"}]K\x01s", "is damaged"),
     "deep wrapped call": (
         dump(Ref("torch._tensor._rebuild_from_type_v2"))
         + b"q\x00"
@@ -294,16 +379,13 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         "unknown arguments",
     ),
     "copies": (
-        b"("
-        + b"K\x01" * 10**4
-        + b"lq\x00\x85q\x01"
-        + (dump(Ref("builtins.list")) + b"h\x01R") * 99,
+        b"(" + b"K\x01" * 10**4 + b"lq\x00\x85q\x01" + (dump(Ref("builtins.set")) + b"h\x01R") * 99,
         "copies more than it holds",
     ),
     "bytearray of a size": (Call("builtins.bytearray", (2**40,)), "unknown arguments"),
-    "call of a number": (b"K\x01)R", "calls a int"),
-    "attributes": (b"]}b", "plain data have attributes"),
-    "append to a number": (b"K\x01K\x02a", "adds to a int"),
+    "call of a number": (b"K\x01)R", "is damaged"),
+    "attributes": (b"]}b", "is damaged"),
+    "append to a number": (b"K\x01K\x02a", "is damaged"),
     "no stop": (b"", "is damaged"),
     "empty stack": (b"0", "is damaged"),
     "no mark": (b"t", "is damaged"),
@@ -317,7 +399,6 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "negative stride": (tensor(offset=3, stride=(-1,)), "no valid layout"),
     "negative offset": (tensor(offset=-1), "no valid layout"),
     "huge stride": (tensor(size=(2,), stride=(HUGE,)), "beyond its storage"),
-    "huge stride of one": (tensor(size=(1,), stride=(HUGE,)), "is damaged"),
     "offset": (tensor(offset=1), "beyond its storage"),
     "bool size": (tensor(size=(True,)), "no valid layout"),
     "float size": (tensor(size=(4.0,)), "no valid layout"),
@@ -339,27 +420,31 @@ HOSTILE: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("pickled", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_pickles(pickled, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    data = dump(pickled)
-    path = archive(tmp_path, data, storage=bytes(range(16)))
+def check_refused(path: Path, message: str) -> None:
+    """Checks that a file ends in one clear error, soon, in little memory, without side effects."""
+    size, others = path.stat().st_size, os.listdir()
     tracemalloc.start()
     began = time.process_time()
     with pytest.raises(CheckpointError, match=message) as caught:
-        load(path)
+        read_all(path)
     took, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert took < 5
-    assert peak < 2**20 + 200 * len(data)
+    assert took < 10
+    assert peak < 2**23 + 200 * size
     assert str(caught.value).startswith(str(path))
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 600
-    assert os.listdir(tmp_path) == ["x.pt"]
+    assert os.listdir() == others
+
+
+@pytest.mark.parametrize(("pickled", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_pickles(pickled, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_refused(archive(tmp_path, dump(pickled), storage=bytes(range(16))), message)
 
 
 def test_huge_pickle(tmp_path):
-    with pytest.raises(CheckpointError, match="67108865 bytes beside its tensors"):
+    with pytest.raises(CheckpointError, match="more than 67108864 bytes beside its tensors"):
         load(archive(tmp_path, bytes(2**26)))
 
 
@@ -415,7 +500,7 @@ def test_damaged_headers(signature, offset, new, message, tmp_path):
     path = archive(tmp_path, dump(tensor()), struct.pack("<4f", 1, 2, 3, 4))
     path.write_bytes(edited(path.read_bytes(), signature, offset, new))
     with pytest.raises(CheckpointError, match=message):
-        load(path)
+        read_all(path)
 
 
 def rezipped(method: int) -> bytes:
@@ -428,17 +513,17 @@ def rezipped(method: int) -> bytes:
 
 def test_zipped_again():
     # Without torch's padding, thus unaligned too.
-    loaded = load_bytes(rezipped(zipfile.ZIP_STORED))
+    loaded = read_bytes(rezipped(zipfile.ZIP_STORED))
     assert bits(loaded) == bits(load(GOLDEN / "tensors_2.pt"))
-    assert not all(tensor.flags.aligned for tensor in loaded.values())
+    assert not all(tensor.read().flags.aligned for tensor in loaded.values())
     with pytest.raises(CheckpointError, match="compressed record"):
-        load_bytes(rezipped(zipfile.ZIP_DEFLATED))
+        read_bytes(rezipped(zipfile.ZIP_DEFLATED))
 
 
 @given(st.integers(0, len(WHOLE) - 1))
 def test_truncation(length):
     with pytest.raises(CheckpointError):
-        load_bytes(WHOLE[:length])
+        read_bytes(WHOLE[:length])
 
 
 BITS = bits(load(GOLDEN / "tensors_2.pt"))
@@ -450,10 +535,47 @@ def test_bit_flips(position):
     data = bytearray(WHOLE)
     data[position // 8] ^= 1 << position % 8
     try:
-        loaded = load_bytes(bytes(data))
+        loaded = read_bytes(bytes(data))
     except CheckpointError:
         return
     assert bits(loaded) == BITS
+
+
+def damaged(data: bytes, random: np.random.Generator) -> bytes:
+    """Data with a few bytes flipped, exchanged, replaced or cut out."""
+    array = bytearray(data)
+    for _ in range(random.integers(1, 4)):
+        first, second = random.integers(len(array), size=2)
+        match random.integers(4):
+            case 0:
+                array[first] ^= 1 << random.integers(8)
+            case 1:
+                array[first], array[second] = array[second], array[first]
+            case 2:
+                array[first] = random.integers(256)
+            case 3:
+                del array[first : first + second % 9 if second % 2 else None]
+                array += b"." * (not array)
+    return bytes(array)
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.pt")), ids=lambda path: path.stem)
+def test_damaged_files_give_data_or_the_one_error(path, tmp_path):
+    random = np.random.default_rng(0)
+    whole = path.read_bytes()
+    for _ in range(50):
+        with contextlib.suppress(CheckpointError):
+            read_bytes(damaged(whole, random))
+    if zipfile.is_zipfile(path):  # the pickle too, with a valid checksum
+        with zipfile.ZipFile(path) as file:
+            root = file.namelist()[0].partition("/")[0]
+            records = {name.removeprefix(f"{root}/"): file.read(name) for name in file.namelist()}
+        for _ in range(50):
+            pickled = damaged(records["data.pkl"], random)
+            extra = tuple((f"a/{name}", data) for name, data in records.items() if "/" in name)
+            with contextlib.suppress(CheckpointError):
+                read_all(archive(tmp_path, pickled, records.get("data/0", b""), extra[1:]))
 
 
 OPCODES = [
@@ -501,9 +623,10 @@ def test_checksum_of_a_large_record(tmp_path):
     storage = np.arange(2**21, dtype=np.float32).tobytes()  # of more than one chunk
     pickled = dump(tensor(numel=2**21, size=(2**21,)))
     path = archive(tmp_path, pickled, storage)
-    assert load(path)[-1] == 2**21 - 1
+    assert load(path).read()[-1] == 2**21 - 1
     data = path.read_bytes()
     assert zlib.crc32(storage).to_bytes(4, "little") in data
     path.write_bytes(data.replace(storage, storage[:-1] + b"\0"))
-    with pytest.raises(CheckpointError, match="damaged record"):
-        load(path)
+    with pytest.raises(CheckpointError, match="damaged record") as caught:
+        load(path).read()
+    assert str(caught.value).startswith(str(path))
