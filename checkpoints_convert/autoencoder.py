@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.family import SIDE, Conversion, check_config, count, shape_of
+from checkpoints_convert.family import SIDE, Conversion, Layout, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, conv, layer, norm_layer, same
 from tstitch_jax.core.checks import shown
 from tstitch_jax.models.cards import AutoencoderCard
@@ -235,3 +235,21 @@ def compvis(
     )
     ignored += tuple(name for name in tensors if name.startswith(f"{prefix}loss."))
     return _convert(COMPVIS._replace(prefix=prefix), tensors, {}, ignored)
+
+
+LAYOUTS = (
+    Layout(
+        "diffusers' autoencoder",
+        ("autoencoder",),
+        r"(en|de)coder\.(down_blocks|up_blocks|mid_block|conv_norm_out)\..*",
+        diffusers,
+        part="vae",
+    ),
+    Layout(
+        "CompVis' autoencoder",
+        ("autoencoder",),
+        r"(first_stage_model\.)?(en|de)coder\.(down|up|mid|norm_out)\..*",
+        compvis,
+        part="vae",
+    ),
+)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.family import Conversion, check_config, count, shape_of
+from checkpoints_convert.family import Conversion, Layout, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, layer, linear, norm_layer, patches, same
 from tstitch_jax.core.checks import shown
 from tstitch_jax.models.cards import FeatureCard, TextEncoderCard
@@ -199,3 +199,25 @@ def refuse(
         "this is OpenCLIP's text tower, of Stable Diffusion 2 or XL; the text towers of Stable "
         "Diffusion 1 (CLIP ViT-L/14) are converted, and those in folders of transformers"
     )
+
+
+TEXTS = (
+    Layout("CLIP's text tower", ("text_encoder",), TEXT, text_encoder, part="text_encoder"),
+    Layout(
+        "OpenCLIP's text tower, of Stable Diffusion 2 and XL",
+        ("text_encoder",),
+        r"(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?transformer\.resblocks\..*"
+        r"|cond_stage_model\.model\..*",
+        refuse,
+        part="text_encoder",
+    ),
+)
+
+WHOLE = (
+    Layout(
+        "CLIP",
+        ("clip",),
+        rf"{TEXT}|(vision_model|visual_projection|text_projection)\..*|logit_scale",
+        whole,
+    ),
+)

@@ -8,16 +8,16 @@ import errno
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
-from checkpoints_convert import autoencoder, clip, dit, inception, lora, readers, rules, unet
+from checkpoints_convert import lora, readers, rules
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.family import Conversion
+from checkpoints_convert.family import Conversion, Layout
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.core.checks import unknown
 from tstitch_jax.models.build import (
@@ -29,96 +29,21 @@ from tstitch_jax.models.build import (
     module_of,
 )
 from tstitch_jax.models.cards import BaseCard, Card
-from tstitch_jax.models.families import param_shapes
+from tstitch_jax.models.families import FAMILIES, imported
+from tstitch_jax.models.measure import param_shapes
 from tstitch_jax.models.store import check_place, fill_folder, replace_folder
 from tstitch_jax.models.tokenizer import read_tokenizer
 
 
-class Layout(NamedTuple):
-    """A way to name the tensors of a network.
-
-    Attributes:
-        name: What it is called in messages.
-        families: The families that use it, the first one if none is given.
-        names: What all its tensors' names match.
-        convert: ``(family, tensors, config, num_heads) -> Conversion``.
-    """
-
-    name: str
-    families: tuple[str, ...]
-    names: str
-    convert: Callable[[str, Mapping[str, Tensor], Mapping[str, Any], int | None], Conversion]
+def layouts() -> list[Layout]:
+    """The layouts of all registered families."""
+    own = (family.layouts for family in FAMILIES.values() if family.layouts)
+    return [layout for name in own for layout in imported(name)]
 
 
-LAYOUTS = (
-    Layout(
-        "the published DiT and SiT",
-        ("dit", "sit"),
-        r"pos_embed|(x_embedder|t_embedder|y_embedder|final_layer|blocks\.\d+)\.\w.*",
-        dit.published,
-    ),
-    Layout(
-        "diffusers' DiT",
-        ("dit",),
-        r"(pos_embed\.proj|proj_out_[12]|transformer_blocks\.\d+)\.\w.*",
-        dit.diffusers,
-    ),
-    Layout(
-        "diffusers' U-Net",
-        ("unet",),
-        r"(down_blocks|up_blocks|mid_block|time_embedding|conv_norm_out)\..*",
-        unet.diffusers,
-    ),
-    Layout(
-        "CompVis' latent diffusion",
-        ("unet",),
-        r"(model\.)?diffusion_model\.(input_blocks|middle_block|output_blocks)\..*",
-        unet.compvis,
-    ),
-    Layout(
-        "diffusers' autoencoder",
-        ("autoencoder",),
-        r"(en|de)coder\.(down_blocks|up_blocks|mid_block|conv_norm_out)\..*",
-        autoencoder.diffusers,
-    ),
-    Layout(
-        "CompVis' autoencoder",
-        ("autoencoder",),
-        r"(first_stage_model\.)?(en|de)coder\.(down|up|mid|norm_out)\..*",
-        autoencoder.compvis,
-    ),
-    Layout(
-        "pytorch-fid's Inception",
-        ("inception",),
-        r"(Conv2d_\d\w|Mixed_\d\w)\..*|fc\.(weight|bias)",
-        inception.published,
-    ),
-    Layout(
-        "CLIP's text tower",
-        ("text_encoder",),
-        clip.TEXT,
-        clip.text_encoder,
-    ),
-    Layout(
-        "CLIP",
-        ("clip",),
-        rf"{clip.TEXT}|(vision_model|visual_projection|text_projection)\..*|logit_scale",
-        clip.whole,
-    ),
-    Layout(
-        "OpenCLIP's text tower, of Stable Diffusion 2 and XL",
-        ("text_encoder",),
-        r"(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?transformer\.resblocks\..*"
-        r"|cond_stage_model\.model\..*",
-        clip.refuse,
-    ),
-)
-
-FAMILIES = ("dit", "sit", "unet", "autoencoder", "text_encoder", "clip", "inception")
-"""Kinds of networks that ``convert`` knows."""
-
-PARTS = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
-"""Where a pipeline's folder of diffusers keeps the network of a family."""
+def families() -> dict[str, str]:
+    """The kinds of networks that ``convert`` knows, and the part of a pipeline that holds each."""
+    return {name: layout.part for layout in layouts() for name in layout.families}
 
 
 def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> tuple[Layout, str]:
@@ -126,13 +51,14 @@ def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> 
 
     A whole checkpoint holds networks of several families, so a family that is given goes first.
     """
-    fits = [sum(bool(re.fullmatch(each.names, n)) for n in tensors) for each in LAYOUTS]
-    own = [n if family in each.families else 0 for n, each in zip(fits, LAYOUTS, strict=True)]
-    best = LAYOUTS[own.index(max(own)) if any(own) else fits.index(max(fits))]
+    known = layouts()
+    fits = [sum(bool(re.fullmatch(each.names, n)) for n in tensors) for each in known]
+    own = [n if family in each.families else 0 for n, each in zip(fits, known, strict=True)]
+    best = known[own.index(max(own)) if any(own) else fits.index(max(fits))]
     if not max(fits):
         raise CheckpointError(
             f"no known network has tensors such as {', '.join(sorted(tensors)[:3])}; known: "
-            + ", ".join(each.name for each in LAYOUTS)
+            + ", ".join(each.name for each in known)
         )
     if family is None:
         if "sit" in best.families and re.search(r"(?i)(?<![a-z])sit(?![a-z])", source.name):
@@ -227,8 +153,9 @@ def convert(
             index of several (``*.index.json``), the folder of a network of diffusers or
             transformers, or, with a family, that of a whole pipeline. Nothing in it is run.
         out: The folder to write. It is whole or absent afterwards.
-        family: One of ``FAMILIES``; told from the tensors' names otherwise, where a SiT, which has
-            a DiT's names, counts as a DiT, and a checkpoint of several networks as its largest.
+        family: A kind of network, such as ``"dit"`` (see ``families``); unless given it follows
+            from the tensors' names, where a SiT, which has a DiT's names, counts as a DiT, and a
+            checkpoint of several networks as its largest.
         num_heads: Number of attention heads, where the network is of no published size.
         tokenizer: The folder of a text encoder's tokenizer; by default the checkpoint's own, or
             ``tokenizer`` beside it.
@@ -250,12 +177,13 @@ def convert(
         OSError: If it cannot be written.
     """
     source, out = Path(source), Path(out)
-    if family is not None and family not in FAMILIES:
-        raise unknown("family", family, FAMILIES)
+    parts = families()
+    if family is not None and family not in parts:
+        raise unknown("family", family, parts)
     check_place(out)
     if (out / "card.json").exists() and not force:
         raise CheckpointError(f"{out} exists; --force replaces it")
-    inside = source / PARTS.get(family or "", "")
+    inside = source / parts.get(family or "", "")
     place = inside if (inside / "config.json").is_file() else source
     found = readers.read(place)
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.family import SIDE, Conversion, check_config, count, shape_of
+from checkpoints_convert.family import SIDE, Conversion, Layout, check_config, count, shape_of
 from checkpoints_convert.rules import Rule, Tensor, layer, patches, same
 from tstitch_jax.models import dit
 from tstitch_jax.models.cards import Card
@@ -234,3 +234,19 @@ def _equal(tensors: Mapping[str, Tensor], name: str) -> bool:
     if first is None or first.shape != tensors[name].shape:
         return False
     return np.array_equal(first.read(), tensors[name].read())
+
+
+LAYOUTS = (
+    Layout(
+        "the published DiT and SiT",
+        ("dit", "sit"),
+        r"pos_embed|(x_embedder|t_embedder|y_embedder|final_layer|blocks\.\d+)\.\w.*",
+        published,
+    ),
+    Layout(
+        "diffusers' DiT",
+        ("dit",),
+        r"(pos_embed\.proj|proj_out_[12]|transformer_blocks\.\d+)\.\w.*",
+        diffusers,
+    ),
+)

@@ -31,6 +31,24 @@ class Conversion(NamedTuple):
     lora_names: Mapping[str, str] = {}
 
 
+class Layout(NamedTuple):
+    """A way to name the tensors of a network.
+
+    Attributes:
+        name: Its name in messages.
+        families: The families that use it, the first one if none is given.
+        names: A regular expression that the names of all its tensors match.
+        convert: ``(family, tensors, config, num_heads) -> Conversion``.
+        part: The folder of such a network in a pipeline of diffusers; empty for none.
+    """
+
+    name: str
+    families: tuple[str, ...]
+    names: str
+    convert: Callable[[str, Mapping[str, Tensor], Mapping[str, Any], int | None], Conversion]
+    part: str = ""
+
+
 def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
     """The shape of a tensor that sizes are read from; raises CheckpointError without it."""
     if name not in tensors:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.family import Conversion, shape_of
+from checkpoints_convert.family import Conversion, Layout, shape_of
 from checkpoints_convert.rules import Rule, Tensor, conv, linear, same
 from tstitch_jax.models.build import flatten, module_of
 from tstitch_jax.models.cards import FeatureCard
-from tstitch_jax.models.families import param_shapes
+from tstitch_jax.models.measure import param_shapes
 
 IGNORED = r"fc\.bias|.*\.num_batches_tracked|AuxLogits\..*"
 """The Inception Score is published without the bias; the others play no part in the features."""
@@ -57,3 +57,13 @@ def published(
     names = flatten(param_shapes(module_of(card)))
     ignored = tuple(name for name in tensors if re.fullmatch(IGNORED, name))
     return Conversion(card, list(_rules(names)), ignored)
+
+
+LAYOUTS = (
+    Layout(
+        "pytorch-fid's Inception",
+        ("inception",),
+        r"(Conv2d_\d\w|Mixed_\d\w)\..*|fc\.(weight|bias)",
+        published,
+    ),
+)

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.family import SCHEDULER, SIDE, Conversion, check_config, count, shape_of
+from checkpoints_convert.family import (
+    SCHEDULER,
+    SIDE,
+    Conversion,
+    Layout,
+    check_config,
+    count,
+    shape_of,
+)
 from checkpoints_convert.rules import Rule, Tensor, conv, layer, linear, norm_layer, same
 from tstitch_jax.core.checks import shown
 from tstitch_jax.core.schedules import make_schedule
@@ -445,3 +453,21 @@ def compvis(
     _refuse_others(tensors, prefix)
     sizes = _compvis_sizes(tensors, prefix)
     return _conversion(sizes, tensors, _heads(sizes, heads), None, 32, "eps", None)
+
+
+LAYOUTS = (
+    Layout(
+        "diffusers' U-Net",
+        ("unet",),
+        r"(down_blocks|up_blocks|mid_block|time_embedding|conv_norm_out)\..*",
+        diffusers,
+        part="unet",
+    ),
+    Layout(
+        "CompVis' latent diffusion",
+        ("unet",),
+        r"(model\.)?diffusion_model\.(input_blocks|middle_block|output_blocks)\..*",
+        compvis,
+        part="unet",
+    ),
+)

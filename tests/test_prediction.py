@@ -267,7 +267,7 @@ def test_a_matched_grid_of_another_length_is_refused(setting):
 
 @pytest.mark.parametrize("part", [1, "labels"])
 def test_a_part_of_the_condition(part, setting):
-    """Of both halves: the same prediction with and without guidance."""
+    """The denoiser reads its part of both halves, with and without guidance."""
     denoiser, knot, x, cond = setting
 
     def shared(labels):
@@ -279,4 +279,4 @@ def test_a_part_of_the_condition(part, setting):
     np.testing.assert_array_equal(found.x0, expected.x0)
     expected = ts.cfg(denoiser, 3.0)(x, knot, cond)
     for guided in (ts.cfg(own, 3.0), ts.with_cond(ts.cfg(denoiser, 3.0), part)):
-        np.testing.assert_array_equal(guided(x, knot, parts).x0, expected.x0)
+        assert relative(guided(x, knot, parts).x0, expected.x0) < 1e-5

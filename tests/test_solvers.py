@@ -14,6 +14,7 @@ from helpers import (
     Gaussian,
     Labelled,
     Mixture,
+    closed_network,
     correlated,
     loop,
     relative,
@@ -428,6 +429,46 @@ def test_lcm_samples_the_data():
     samples = ts.run(consistent, ts.lcm(), knots, x, keys=keys)
     assert abs(float(samples.mean()) - mean) < 5 * std / count**0.5 + 0.002
     assert abs(float(samples.std()) - std) < 5 * std / (2 * count) ** 0.5 + 0.002
+
+
+@ts.record
+class Damped(ts.Solver):
+    """DDIM that damps one of its two terms."""
+
+    name = "damped"
+    damping: float = 0.0
+    term: str = ts.static(default="eps")
+
+    def step(self, denoise, x, state, knot, next_knot, noise):
+        x0, eps, _ = denoise(x, knot)
+        terms = {"x0": next_knot.alpha * x0, "eps": next_knot.sigma * eps}
+        terms[self.term] = (1 - self.damping) * terms[self.term]
+        return terms["x0"] + terms["eps"], state
+
+
+def test_a_user_defined_solver():
+    """The loop and ``sample`` take it like any other, and its numbers are data."""
+    knots, (_, x) = ts.make_knots(SCHEDULE, 4), start()
+    traces = []
+
+    @jax.jit
+    def sample(solver):
+        traces.append(1)
+        return ts.run(Labelled(0.7), solver, knots, x, cond=COND)
+
+    expected = sample(ts.ddim())
+    assert relative(sample(Damped()), expected) < 1e-5
+    assert relative(sample(Damped(0.5)), expected) > 1e-2
+    assert len(traces) == 2
+    assert relative(sample(Damped(0.5, "x0")), expected) > 1e-2
+    assert len(traces) == 3
+    np.testing.assert_array_equal(Damped().evaluations(knots), 1)
+    images = [
+        ts.sample(jax.random.key(1), [closed_network(0.7)], labels=[3, 7], steps=4, solver=solver,
+                  decode=False)
+        for solver in (Damped(), "ddim")
+    ]  # fmt: skip
+    assert relative(*images) < 1e-5
 
 
 def test_names(monkeypatch):

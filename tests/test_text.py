@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from helpers import GOLDEN, Mixture, random_params, relative, tiny_network
@@ -222,7 +223,9 @@ def test_other_sizes(pair):
         draw([tiny_network()], labels=[1], size=(12, 8))
 
 
-def test_bad_conditioning_is_refused(pair):
+def test_bad_conditioning_is_refused(pair, monkeypatch):
+    # As users call it, without the tests' own checks of types.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     encoder, classes = encoder_of(), tiny_network()
     context = np.zeros((2, 5, 3), np.float32)
     for networks, options, message in [
@@ -232,7 +235,8 @@ def test_bad_conditioning_is_refused(pair):
         (pair, dict(labels=[1, 2]), "a has no classes"),
         ([classes], dict(prompts=TEXTS, labels=[1]), "tiny is conditioned on classes; leave out"),
         ([classes], {}, "tiny is conditioned on classes; give labels"),
-        (pair, dict(prompts="a cat", text_encoder=encoder), "prompts must be a list of texts, .* got 'a cat'"),
+        (pair, dict(prompts="a cat", text_encoder=encoder),
+         "prompts must be a list of texts, .* got 'a cat'"),
         (pair, dict(prompts=[], text_encoder=encoder), "prompts must be a list of texts"),
         (pair, dict(prompts=TEXTS), "unknown network 'words'"),
         (pair, dict(prompts=TEXTS, text_encoder=3), r"give text_encoder=ts.load\('words'\), got 3"),

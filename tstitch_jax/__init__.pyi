@@ -99,6 +99,10 @@ from .models.devices import (
     make_mesh as make_mesh,
     shard as shard,
 )
+from .models.families import (
+    Family as Family,
+    register as register,
+)
 from .models.store import (
     save as save,
 )

@@ -51,7 +51,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         width = max(60, min(shutil.get_terminal_size().columns, 100))
         super().__init__(prog, max_help_position=26, width=width)
 
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+    def _format_args(self, action: argparse.Action, default_metavar: Any) -> str:
         if action.nargs == "+":
             return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
         return super()._format_args(action, default_metavar)

@@ -14,7 +14,7 @@ FOLDERS = {"DIR", "OUT"}
 
 def _names() -> dict[str, list[str]]:
     """The known values of arguments that have names for values."""
-    from checkpoints_convert import FAMILIES
+    from checkpoints_convert import families
     from tstitch_jax.core.grids import SPACINGS
     from tstitch_jax.core.solvers import SOLVERS
     from tstitch_jax.evaluation import METRICS
@@ -41,7 +41,7 @@ def _names() -> dict[str, list[str]]:
         "spacing": list(SPACINGS),
         "metrics": list(METRICS),
         "platforms": list(PLATFORMS),
-        "family": list(FAMILIES),
+        "family": list(families()),
     }
 
 

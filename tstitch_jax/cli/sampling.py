@@ -131,7 +131,7 @@ def called_with(
 
     Without labels there are ten, or, with ``all_labels``, none, which means all.
     """
-    from tstitch_jax.models.conditioning import conditioner_of
+    from tstitch_jax.models.families import conditioner_of
 
     prompts, labels = _prompts(arguments), arguments.labels
     cards = [network.card for network in sampler.networks]

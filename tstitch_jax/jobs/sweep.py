@@ -38,7 +38,8 @@ from tstitch_jax.jobs.generate import generate
 from tstitch_jax.jobs.shards import differences
 from tstitch_jax.jobs.timing import pareto_front, pass_seconds, passes, timed
 from tstitch_jax.models import devices
-from tstitch_jax.models.conditioning import check_texts, conditioner_of
+from tstitch_jax.models.conditioning import check_texts
+from tstitch_jax.models.families import conditioner_of
 from tstitch_jax.models.types import FeatureNetwork, Network
 from tstitch_jax.report import charts, pictures
 from tstitch_jax.sampling.checks import MAX_BATCH

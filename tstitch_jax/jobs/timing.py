@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tstitch_jax.core.types import Condition
-from tstitch_jax.models.conditioning import conditioner_of
+from tstitch_jax.models.families import conditioner_of
 from tstitch_jax.models.types import Network
 from tstitch_jax.sampling.program import SampleRequest
 from tstitch_jax.sampling.sampler import Sampler

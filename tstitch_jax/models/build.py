@@ -13,20 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.core.checks import shown, unknown
+from tstitch_jax.core.checks import shown
 from tstitch_jax.core.denoisers import as_denoiser
 from tstitch_jax.core.prediction import check_target
 from tstitch_jax.core.schedules import make_schedule
 from tstitch_jax.core.types import Condition, Params, Schedule
 from tstitch_jax.models.cards import AutoencoderCard, BaseCard, Card, FeatureCard, TextEncoderCard
 from tstitch_jax.models.convolution import FORMS, forms_of
-from tstitch_jax.models.families import (
-    ARCHITECTURES,
-    compute_dtypes,
-    count_params,
-    module_macs,
-    param_shapes,
-)
+from tstitch_jax.models.families import family_of, imported
+from tstitch_jax.models.measure import compute_dtypes, count_params, module_macs, param_shapes
 from tstitch_jax.models.tokenizer import make_tokenizer
 from tstitch_jax.models.types import (
     Autoencoder,
@@ -63,8 +58,7 @@ def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
     Raises:
         ValueError: If the architecture is unknown or does not take the configuration.
     """
-    if card.architecture not in ARCHITECTURES:
-        raise unknown("architecture", card.architecture, ARCHITECTURES)
+    make = imported(family_of(card).module)
     more: dict[str, Any] = {}
     if isinstance(card, Card):
         more = dict(num_classes=card.num_classes, learned_variance=card.learned_variance)
@@ -75,7 +69,7 @@ def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
     if isinstance(card, (Card, AutoencoderCard, FeatureCard)):
         more["image_shape"] = tuple(card.image_shape)
     try:
-        return ARCHITECTURES[card.architecture](
+        return make(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in card.config.items()},
             **more,
             dtype=dtype,

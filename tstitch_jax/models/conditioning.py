@@ -157,11 +157,6 @@ class Texts:
         return Condition(zeros, zeros)
 
 
-def conditioner_of(card: Card) -> Conditioner:
-    """The conditioner of a card: contexts if it has any, else class labels."""
-    return Labels(card) if card.context is None else Texts(card)
-
-
 def check_texts(name: str, texts: Any) -> list[str]:
     """The texts as a list; raises ValueError unless there are some, all valid UTF-8."""
     if not is_list(texts) or not len(texts) or not all(isinstance(t, str) for t in texts):

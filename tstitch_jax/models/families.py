@@ -1,137 +1,114 @@
-"""Architectures by name, and the named sizes of each."""
+"""The registry of architectures: one ``Family`` each."""
 
 from __future__ import annotations
 
-import functools
-import math
+import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from tstitch_jax.core.types import Params
-from tstitch_jax.models import autoencoder, classifier, clip, dit, inception, unet
-
-ARCHITECTURES: dict[str, type] = {
-    "dit": dit.DiT,
-    "unet": unet.UNet,
-    "autoencoder": autoencoder.LatentAutoencoder,
-    "inception": inception.Inception,
-    "classifier": classifier.Classifier,
-    "clip": clip.CLIP,
-    "clip_text": clip.TextTower,
-}
-
-SIZES: dict[str, dict[str, Any]] = {
-    f"dit-{size}-{patch}": {**config, "patch": patch}
-    for size, config in dit.SIZES.items()
-    for patch in dit.PATCHES
-}
-"""The twelve published sizes: keyword arguments of ``DiT`` without its input and its classes. Those
-of U-Nets are ``unet.SIZES``."""
+from tstitch_jax.core.checks import unknown
+from tstitch_jax.models.cards import AutoencoderCard, BaseCard, Card, FeatureCard, TextEncoderCard
+from tstitch_jax.models.conditioning import Conditioner, Labels, Texts
+from tstitch_jax.models.measure import (  # noqa: F401  # until all imports name measure
+    SIZES,
+    compute_dtypes,
+    count_macs,
+    count_params,
+    init_params,
+    module_macs,
+    param_shapes,
+)
 
 
-def init_params(module: Any, key: jax.Array) -> Params:
-    """Fresh parameters, a plain nested dict; under ``jax.eval_shape`` only their shapes."""
-    inputs = (jnp.zeros(shape.shape, shape.dtype) for shape in module.inputs())
-    return module.init(key, *inputs)["params"]
+def labels_or_texts(card: Card) -> Conditioner:
+    """Class labels, or texts if the card has a context."""
+    return Labels(card) if card.context is None else Texts(card)
 
 
-@functools.cache
-def _shapes(module: Any) -> tuple[list[jax.ShapeDtypeStruct], Any]:
-    # Cached, as what else a module alone decides: tracing a large network takes seconds. Without
-    # the sharding, which is that of the mesh that is set.
-    shapes = jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(shapes)
-    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves], tree
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture, and everything that the library has to know of it.
 
+    Dotted names such as ``"package.module:name"`` are imported at the first use.
 
-def param_shapes(module: Any) -> Params:
-    """Shapes and dtypes of the parameters."""
-    leaves, tree = _shapes(module)
-    return jax.tree.unflatten(tree, leaves)
-
-
-def count_params(params: Params) -> int:
-    """Number of parameters; takes arrays or their shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _count(jaxpr: Any) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        size = math.prod(equation.outvars[0].aval.shape)
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += size * math.prod(shape[axis] for axis in contracted)
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += size * math.prod(kernel.shape) // features
-        for inner in equation.params.values():  # a call's own program, open or closed
-            inner = getattr(inner, "jaxpr", inner)
-            repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
-            total += repeats * _count(inner) if hasattr(inner, "eqns") else 0
-        # Of a choice one branch runs; by platform, the default is the network as published.
-        branches = equation.params.get("branches", ())
-        if equation.params.get("branches_platforms"):
-            branches = branches[-1:]
-        total += max((_count(branch.jaxpr) for branch in branches), default=0)
-    return total
-
-
-def count_macs(function: Callable[..., Any], *arguments: Any) -> int:
-    """Multiply-adds in the matrix products and convolutions of ``function``.
-
-    The DiT paper calls them flops. Nothing is computed; the arguments may be shapes.
+    Attributes:
+        name: Its name in cards (``Card.architecture``).
+        module: Dotted name of the Flax module. The module is a dataclass of the card's ``config``,
+            ``image_shape``, ``num_classes``, ``learned_variance``, ``context`` (as far as its card
+            has them) and ``dtype``; it has ``inputs(batch) -> shapes`` and, for a denoiser,
+            ``apply(params, x, time, cond) -> output``.
+        card: The kind of its cards.
+        layouts: Dotted name of a sequence of ``checkpoints_convert.Layout``: the checkpoints that
+            ``convert`` makes its networks of; empty for none.
+        conditioner: From a denoiser's card to its conditioner.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+    name: str
+    module: str
+    card: type[BaseCard] = Card
+    layouts: str = ""
+    conditioner: Callable[[Any], Conditioner] = labels_or_texts
 
 
-def _only_cast(variable: Any, jaxpr: Any, dtype: Any) -> bool:
-    """Whether a variable is used, and in nothing but casts to the dtype."""
-    used = False
-    for equation in jaxpr.eqns:
-        for position, operand in enumerate(equation.invars):
-            if operand is not variable:
-                continue
-            inner = getattr(equation.params.get("jaxpr"), "jaxpr", None)
-            if equation.primitive.name == "convert_element_type":
-                if equation.params["new_dtype"] != dtype:
-                    return False
-            elif inner is None or not _only_cast(inner.invars[position], inner, dtype):
-                return False
-            used = True
-    return used and all(variable is not out for out in jaxpr.outvars)
+FAMILIES: dict[str, Family] = {}
+"""The known families by name; ``register`` adds one."""
 
 
-@functools.cache
-def _one_pass(module: Any) -> tuple[int, list[bool]]:
-    """Its multiply-adds, and of each parameter whether it is only cast to the compute dtype."""
-    leaves, tree = _shapes(module)
-    program = jax.make_jaxpr(lambda p, *x: module.apply({"params": p}, *x))(
-        jax.tree.unflatten(tree, leaves), *module.inputs()
-    )
-    variables = program.jaxpr.invars[: len(leaves)]
-    return _count(program.jaxpr), [_only_cast(v, program.jaxpr, module.dtype) for v in variables]
+def register(family: Family) -> None:
+    """Adds a family, so that its networks load, convert and sample by their cards.
 
-
-def module_macs(module: Any) -> int:
-    """Multiply-adds of one forward pass of one input, as ``count_macs`` has them."""
-    return _one_pass(module)[0]
-
-
-def compute_dtypes(module: Any) -> Params:
-    """In what dtype each parameter may be held, so that the module's numbers stay the same.
-
-    That is the module's compute dtype where the parameter is only ever cast to it, else the one
-    that the module makes it in. Nothing is computed.
+    Raises:
+        ValueError: If another family has the name.
     """
-    leaves, tree = _shapes(module)
-    dtypes = [
-        jnp.dtype(module.dtype) if cast else leaf.dtype
-        for cast, leaf in zip(_one_pass(module)[1], leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, dtypes)
+    if FAMILIES.setdefault(family.name, family) != family:
+        raise ValueError(f"there is another family named {family.name!r}; choose another name")
+
+
+def family_of(card: BaseCard) -> Family:
+    """The family of a card.
+
+    Raises:
+        ValueError: If the architecture is unknown.
+    """
+    if card.architecture not in FAMILIES:
+        raise unknown("architecture", card.architecture, FAMILIES)
+    return FAMILIES[card.architecture]
+
+
+def conditioner_of(card: Card) -> Conditioner:
+    """The conditioner of a denoiser's card; class labels or texts if its family is unknown."""
+    family = FAMILIES.get(card.architecture)
+    return (labels_or_texts if family is None else family.conditioner)(card)
+
+
+def imported(name: str) -> Any:
+    """The object of a dotted name ``"package.module:name"``."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+_MODELS, _CONVERT = "tstitch_jax.models", "checkpoints_convert"
+
+for _family in (
+    Family(name="dit", module=f"{_MODELS}.dit:DiT", layouts=f"{_CONVERT}.dit:LAYOUTS"),
+    Family(name="unet", module=f"{_MODELS}.unet:UNet", layouts=f"{_CONVERT}.unet:LAYOUTS"),
+    Family(
+        name="autoencoder", module=f"{_MODELS}.autoencoder:LatentAutoencoder",
+        card=AutoencoderCard, layouts=f"{_CONVERT}.autoencoder:LAYOUTS",
+    ),
+    Family(
+        name="inception", module=f"{_MODELS}.inception:Inception",
+        card=FeatureCard, layouts=f"{_CONVERT}.inception:LAYOUTS",
+    ),
+    Family(name="classifier", module=f"{_MODELS}.classifier:Classifier", card=FeatureCard),
+    Family(
+        name="clip", module=f"{_MODELS}.clip:CLIP",
+        card=FeatureCard, layouts=f"{_CONVERT}.clip:WHOLE",
+    ),
+    Family(
+        name="clip_text", module=f"{_MODELS}.clip:TextTower",
+        card=TextEncoderCard, layouts=f"{_CONVERT}.clip:TEXTS",
+    ),
+):  # fmt: skip
+    register(_family)

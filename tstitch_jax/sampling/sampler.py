@@ -24,7 +24,8 @@ from tstitch_jax.core.types import Condition, Key, Knots, Solver
 from tstitch_jax.hub import resolve
 from tstitch_jax.models import devices
 from tstitch_jax.models.build import outline
-from tstitch_jax.models.conditioning import Conditioner, conditioner_of
+from tstitch_jax.models.conditioning import Conditioner
+from tstitch_jax.models.families import conditioner_of
 from tstitch_jax.models.types import Autoencoder, Network, TextEncoder
 from tstitch_jax.sampling.checks import (
     check_autoencoder,

@@ -31,7 +31,7 @@ from tstitch_jax.models.build import (
     module_of,
 )
 from tstitch_jax.models.cards import Card, FeatureCard
-from tstitch_jax.models.families import init_params
+from tstitch_jax.models.measure import init_params
 from tstitch_jax.models.store import check_place, save
 from tstitch_jax.training.classification import accuracy, make_classifier_loss
 from tstitch_jax.training.data import (
