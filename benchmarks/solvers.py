@@ -20,7 +20,7 @@ import numpy as np
 import tstitch_jax as ts
 from tstitch_jax.models import dit
 from tstitch_jax.models.build import FlaxApply
-from tstitch_jax.models.families import SIZES, param_shapes
+from tstitch_jax.models.measure import SIZES, param_shapes
 
 STEPS = 10
 

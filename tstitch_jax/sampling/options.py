@@ -26,5 +26,5 @@ class Guidance:
     scale: Any = None
     interval: Any = None
     channels: int | None = None
-    rescale: float = 0.0
-    weak_scale: float | None = None
+    rescale: float | int = 0.0
+    weak_scale: float | int | None = None
