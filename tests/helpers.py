@@ -179,14 +179,25 @@ def closed_network(mean: float, std: float = 0.25, **changes) -> Network:
     return Network(Labelled(jnp.float32(mean), std), card, make_schedule(**card.schedule))
 
 
-OF_CALL = ("labels", "prompts", "negative", "size", "noise", "start", "strength", "decode", "keep")
-"""Options of ``request_of`` that belong to one call; ``context`` does too."""
+OF_CALL = (
+    "labels",
+    "prompts",
+    "cond",
+    "negative",
+    "size",
+    "noise",
+    "start",
+    "strength",
+    "decode",
+    "keep",
+)
+"""Options of ``request_of`` that belong to one call."""
 
 
-def request_of(key, networks, *, context=None, **options) -> SampleRequest:
+def request_of(key, networks, **options) -> SampleRequest:
     """The request of ``sample``'s options."""
     call = {name: options.pop(name) for name in OF_CALL if name in options}
-    return make_sampler(networks, **options).request(key, cond=context, **call)
+    return make_sampler(networks, **options).request(key, **call)
 
 
 def write_text_pair(root: Path) -> dict[str, str]:

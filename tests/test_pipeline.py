@@ -408,7 +408,7 @@ BAD = [
     (dict(start=np.zeros((2, 8, 8, 4)), strength=0.0), "above 0, at most 1, got 0"),
     (dict(start=np.full((2, 8, 8, 4), np.nan), strength=0.5), "start holds numbers that are not"),
     (dict(labels=[[1, 2]]), "labels must be one for all networks .* each of the 2, got 1"),
-    (dict(labels=[[1, 2], [3]]), "labels or texts for the same images, got 2 and 1"),
+    (dict(labels=[[1, 2], [3]]), "labels or texts for the same images, got 1 and 2"),
     (dict(labels=[[1, 2], [3, 10]]), "labels must be 0 to 9, got 10"),
     (dict(labels=7), "labels must be a list of class numbers or names, one an image, got 7"),
     (dict(cfg_scale=1e39), "cfg_scale must be a finite number"),

@@ -21,8 +21,6 @@ COND = ts.Condition(LABELS, jnp.full_like(LABELS, 10))
 KEYS = ts.image_keys(jax.random.key(0), jnp.arange(2))
 X = ts.draw_noise(KEYS, 0, SHAPE)
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
 
 @functools.cache
 def networks():

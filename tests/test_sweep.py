@@ -393,15 +393,15 @@ def test_another_size_and_encoder(of_texts, loaded_once, once):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(prompts=None), "a draws images of texts; give the sweep prompts"),
+        (dict(prompts=None), "a is conditioned on texts; give the sweep prompts"),
         (dict(prompts=[]), "prompts must be a list of texts"),
         (dict(prompts="a cat"), "prompts must be a list of texts"),
         (dict(metrics=["fid"]), "fid cannot be measured: there is no REFERENCE"),
         (dict(metrics=["accuracy"]), "accuracy cannot be measured: clip knows no classes"),
         (dict(negative=["x", "y"]), "negative must be one text"),
         (dict(text_encoder="nowhere"), "nowhere"),
-        (dict(text_encoder=["words", "words", ""]), "or one for each of the 2 networks, got 3"),
-        (dict(text_encoder=["words", ""]), "the card of b names no text encoder; give option"),
+        (dict(text_encoder=["words"] * 3), "with one for each of the 2.*got 3"),
+        (dict(text_encoder=["words", ""]), "card.json"),
         (dict(text_encoder=3), "text_encoder must be a name or a list of names, got 3"),
     ],
 )

@@ -48,7 +48,7 @@ def test_trajectories_of_the_published_pipeline(solver, published_pair):
     x, states = ts.sample(
         KEY,
         published_pair,
-        context=noise("pair/context", 2, 7, 24),
+        cond=noise("pair/context", 2, 7, 24),
         negative=noise("pair/negative", 1, 7, 24),
         plan=ts.Plan.stable_diffusion(0.4, 20),
         **steps,
@@ -130,7 +130,7 @@ def draw(networks, **changes):
 def test_texts_are_contexts(pair):
     encoder = encoder_of()
     given, empty = encode_texts(encoder, TEXTS), encode_texts(encoder, [""])
-    expected = draw(pair, context=given, negative=empty)
+    expected = draw(pair, cond=given, negative=empty)
     found = draw(pair, prompts=TEXTS, text_encoder=encoder)
     np.testing.assert_array_equal(found, expected)
     assert found.shape == (3, 8, 8, 4)
@@ -143,7 +143,7 @@ def test_texts_are_contexts(pair):
     first = draw(pair, prompts=TEXTS[:1], text_encoder=[encoder, encoder])
     np.testing.assert_allclose(first[0], expected[0], atol=1e-5)
     plain = draw(pair, prompts=TEXTS, text_encoder=encoder, cfg_scale=None)
-    np.testing.assert_array_equal(plain, draw(pair, context=given, cfg_scale=None))
+    np.testing.assert_array_equal(plain, draw(pair, cond=given, cfg_scale=None))
 
 
 def test_one_program_for_all_texts_and_ratios(pair):
@@ -167,7 +167,7 @@ def test_each_stage_has_conditioning_of_its_own(pair):
     nulls = [encode_texts(encoder, [""]) for encoder in encoders]
     networks = [pair[0], wide]
     found = draw(networks, prompts=TEXTS, text_encoder=encoders)
-    np.testing.assert_array_equal(found, draw(networks, context=contexts, negative=nulls))
+    np.testing.assert_array_equal(found, draw(networks, cond=contexts, negative=nulls))
     knots = ts.make_knots(wide.schedule, 4)
     plan = ts.Plan.from_fractions([0.5, 0.5], knots, wide.schedule)
     denoisers = [ts.with_cond(ts.cfg(n.denoiser, 3.0), k) for k, n in enumerate(networks)]
@@ -230,7 +230,7 @@ def test_bad_conditioning_is_refused(pair, monkeypatch):
     context = np.zeros((2, 5, 3), np.float32)
     for networks, options, message in [
         (pair, {}, "a is conditioned on texts; give prompts, or the encoded texts as cond$"),
-        (pair, dict(prompts=TEXTS, context=context, text_encoder=encoder),
+        (pair, dict(prompts=TEXTS, cond=context, text_encoder=encoder),
          "give prompts, or the encoded texts as cond, not both"),
         (pair, dict(labels=[1, 2]), "a has no classes"),
         ([classes], dict(prompts=TEXTS, labels=[1]), "tiny is conditioned on classes; leave out"),
@@ -246,15 +246,15 @@ def test_bad_conditioning_is_refused(pair, monkeypatch):
         (pair, dict(prompts=TEXTS, text_encoder=[encoder] * 3), "text_encoder must be .* 2, got 3"),
         (pair, dict(prompts=TEXTS, text_encoder=encoder, negative=["", ""]), "one text or 3"),
         (pair, dict(prompts=TEXTS, text_encoder=encoder, negative=3), "negative must be a list"),
-        (pair, dict(context=context), "guidance needs the context of the empty text"),
-        (pair, dict(context=context, negative="no"), "texts go with prompts"),
-        (pair, dict(context=context, negative=context[:, :4]), r"like the context, \(2, 5, 3\)"),
-        (pair, dict(context=context[..., :2], negative=context),
+        (pair, dict(cond=context), "guidance needs the context of the empty text"),
+        (pair, dict(cond=context, negative="no"), "texts go with prompts"),
+        (pair, dict(cond=context, negative=context[:, :4]), r"like the context, \(2, 5, 3\)"),
+        (pair, dict(cond=context[..., :2], negative=context),
          "a takes contexts of width 3, cond has them of 2"),
         (pair, dict(context=[context] * 3, negative=context), "cond must be .* 2, got 3"),
-        (pair, dict(context=context[0, :2], negative=context), r"got float32 \(3,\)"),
-        (pair, dict(context=context + np.nan, negative=context), "not finite"),
-        ([pair[0], network_of("three", channels=3)], dict(context=context),
+        (pair, dict(cond=context[0, :2], negative=context), r"got float32 \(3,\)"),
+        (pair, dict(cond=context + np.nan, negative=context), "not finite"),
+        ([pair[0], network_of("three", channels=3)], dict(cond=context),
          "a and three cannot be stitched: their number of channels differs, 4 and 3"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):

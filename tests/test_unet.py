@@ -485,7 +485,7 @@ AUTO = dict(cfg_scale=None, auto_scale=2.0)
 
 def request(pair, fractions, length=7, **options):
     return request_of(
-        jax.random.key(0), pair, context=noise("c", 2, length, 16), fractions=fractions, steps=5,
+        jax.random.key(0), pair, cond=noise("c", 2, length, 16), fractions=fractions, steps=5,
         decode=False, **options or GUIDED,
     )  # fmt: skip
 

@@ -103,6 +103,7 @@ def sampler_of(arguments: argparse.Namespace, plan: Any = None, mesh: Any = None
     """The sampler that the options describe."""
     import tstitch_jax as ts
 
+    _prompts(arguments)  # a missing file is found before anything is downloaded
     if arguments.times and arguments.steps:
         raise ValueError("give --steps or --times, not both")
     guidance = ts.Guidance(

@@ -9,10 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tstitch_jax.models.cards import Card
 
-
-def count(value: float) -> str:
+def count(value: float | int) -> str:
     for unit in ("", "K", "M", "G"):
         if value < 999.5:
             return f"{value:.3g}{unit}"
@@ -27,24 +25,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
-
-
-def class_labels(texts: Sequence[str] | None, card: Card) -> list[int]:
-    """Class labels from numbers or names; all classes by default, at most ten."""
-    from tstitch_jax.core.checks import unknown
-
-    if texts is None:
-        return list(range(min(card.num_classes, 10)))
-    numbers = {name.lower(): i for i, name in enumerate(card.class_names)}
-    labels = []
-    for text in texts:
-        if text.lower() in numbers:
-            labels.append(numbers[text.lower()])
-        elif text.removeprefix("-").isdecimal():
-            labels.append(int(text))
-        else:
-            raise unknown("label", text, card.class_names or [f"0 to {card.num_classes - 1}"])
-    return labels
 
 
 def number(text: str) -> float:

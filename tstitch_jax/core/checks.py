@@ -61,10 +61,10 @@ def check_seed(seed: Any) -> int:
     return check_whole("seed", seed, 0, 2**32 - 1)
 
 
-def plain(value: Any) -> Any:
+def to_builtin(value: Any) -> Any:
     """An option as JSON holds it."""
     if is_list(value):
-        return [plain(each) for each in value]
+        return [to_builtin(each) for each in value]
     return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
 
 

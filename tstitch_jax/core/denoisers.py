@@ -125,7 +125,7 @@ def choose(index: jax.Array, branches: Sequence[Callable[[], Prediction]]) -> Pr
     """Runs the branch with this index and no other.
 
     Args:
-        index: An integer scalar.
+        index: A scalar, an integer or, of two branches, a bool.
         branches: Functions without arguments; all return the same kind of prediction.
 
     Raises:
@@ -133,7 +133,7 @@ def choose(index: jax.Array, branches: Sequence[Callable[[], Prediction]]) -> Pr
     """
     if len(branches) == 1:
         return branches[0]()
-    index = _unbatched(index)
+    index = _unbatched(jnp.asarray(index, jnp.int32))
     if len(branches) == 2:
         return jax.lax.cond(index == 1, branches[1], branches[0])
     return jax.lax.switch(index, branches)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tstitch_jax.core.checks import check_number, check_whole, is_list, plain, shown
+from tstitch_jax.core.checks import check_number, check_whole, is_list, shown, to_builtin
 from tstitch_jax.core.files import write_text
 from tstitch_jax.core.plan import Plan
 from tstitch_jax.core.types import Key, Knots
@@ -556,7 +556,11 @@ def calibrate(
             raise _TooQuick(budget, networks[-1].card.name, front[0].speedup)
         chosen = quick[-1]
     goal = {"tolerance": tolerance} if budget is None else {"budget": budget}
-    given = {k: plain(v) for k, v in asked.items() if v is not None and cond is None}
+    given = {
+        k: to_builtin(v)
+        for k, v in asked.items()
+        if v is not None and (cond is None or k == "size")
+    }
     return Calibration(
         chosen=chosen,
         front=front,

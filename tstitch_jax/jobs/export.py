@@ -107,7 +107,7 @@ def export(
         raise ValueError("a sampler is exported from networks on one device, not on a mesh")
     if set(platforms) != {"cpu"}:  # else the program holds what is quick on a CPU alone
         request = request.replace(platform=None)
-    inputs = request.inputs
+    inputs = jax.tree.map(jnp.asarray, request.inputs)
     given = _given(inputs.cond)
     leaves, tree = jax.tree.flatten((inputs.denoisers, inputs.coder))
     # A network with several places is written once.

@@ -45,7 +45,7 @@ def _settings(
     """Everything that an image's bytes depend on."""
     mesh, coder = request.config.mesh, sampler.autoencoder
     owners = [*sampler.networks, *([] if coder is None else [coder]), *encoders]
-    leaves = [jax.tree.leaves(owner.params) for owner in owners]
+    leaves = [jax.tree.leaves(owner.tree) for owner in owners]
 
     def seen(owner: Network | Autoencoder | TextEncoder) -> dict[str, Any]:
         card = dataclasses.asdict(owner.card)
@@ -125,7 +125,7 @@ def _teams(sampler: Sampler, request: SampleRequest) -> list[_Team]:
     for row in [None] if mesh is None else devices.rows(mesh):
         inputs = request.inputs
         if row is None:
-            place = next(iter(jax.tree.leaves(sampler.networks[0].params)[0].devices()))
+            place = next(iter(jax.tree.leaves(sampler.networks[0].tree)[0].devices()))
         else:
             place = NamedSharding(row, PartitionSpec())
             denoisers, coder = devices.part((inputs.denoisers, inputs.coder), row)

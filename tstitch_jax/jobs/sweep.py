@@ -475,7 +475,7 @@ def _times(job: _Job, file: Path, progress: bool) -> dict[str, list[float]]:
 
     Each round goes through all points, so that what slows the machine for a while slows them all.
     """
-    devices = jax.tree.leaves(job.ways[0].networks[0].params)[0].devices()
+    devices = jax.tree.leaves(job.ways[0].networks[0].tree)[0].devices()
     place = [len(devices), next(iter(devices)).device_kind]
     stored, names = _read(file), [way.name for way in job.ways]
     if isinstance(stored, dict) and stored.get("devices") == place:

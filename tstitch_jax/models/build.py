@@ -234,7 +234,9 @@ def outline(card: BaseCard, dtype: Any = jnp.float32) -> Network:
         ValueError: If the card is not of a network that can be sampled.
     """
     if not isinstance(card, Card):
-        raise ValueError(f"{card.name} is not a denoiser: its architecture is {card.architecture}")
+        given = {AutoencoderCard: "autoencoder", TextEncoderCard: "text_encoder"}.get(type(card))
+        hint = f"give it as {given}" if given else "give a denoiser"
+        raise ValueError(f"{card.name} is not a denoiser but {card.architecture}; {hint}")
     module = module_of(card, parse_dtype(dtype))
     rows, multiple = (getattr(module, name, None) for name in ("rows", "multiple"))
     return Network(None, card, check_card(card), rows, multiple)

@@ -102,13 +102,14 @@ for _family in (
         card=FeatureCard, layouts=f"{_CONVERT}.inception:LAYOUTS",
     ),
     Family(name="classifier", module=f"{_MODELS}.classifier:Classifier", card=FeatureCard),
-    Family(
-        name="clip", module=f"{_MODELS}.clip:CLIP",
-        card=FeatureCard, layouts=f"{_CONVERT}.clip:WHOLE",
-    ),
+    # Before CLIP, whose layout also fits a text tower alone.
     Family(
         name="clip_text", module=f"{_MODELS}.clip:TextTower",
         card=TextEncoderCard, layouts=f"{_CONVERT}.clip:TEXTS",
+    ),
+    Family(
+        name="clip", module=f"{_MODELS}.clip:CLIP",
+        card=FeatureCard, layouts=f"{_CONVERT}.clip:WHOLE",
     ),
 ):  # fmt: skip
     register(_family)

@@ -38,7 +38,10 @@ def check_networks(networks: Sequence[Any]) -> None:
                 f"{each.card.name} says features of images and draws none; give a denoiser"
             )
     if not isinstance(networks, Sequence) or not all(isinstance(n, Network) for n in networks):
-        raise ValueError(f"networks must be a list of what ts.load returns, got {shown(networks)}")
+        raise ValueError(
+            "networks must be a list of names, paths or what ts.load returns, "
+            f"got {shown(networks)}"
+        )
     if not networks:
         raise ValueError("give at least one network")
     first = networks[0].card

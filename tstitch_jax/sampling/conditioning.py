@@ -19,7 +19,7 @@ def _per_network(name: str, value: Any, count: int, single: bool) -> list[Any]:
         return [value] * count
     if len(value) != count:
         raise ValueError(
-            f"{name} must be one for all networks that take it, or a list with one for each of the "
+            f"give one {name} for all networks that take it, or a list with one for each of the "
             f"{count}, got {len(value)}"
         )
     return list(value)
@@ -120,10 +120,10 @@ def make_condition(
         if key not in known:
             known[key] = conditioner.encode(request, guided[k])
         conditions.append(known[key])
-    counts = {len(jax.tree.leaves(condition.given)[0]) for condition in conditions}
+    counts = dict.fromkeys(len(jax.tree.leaves(each.given)[0]) for each in conditions)
     if len(counts) > 1:
         raise ValueError(
             "every network needs labels or texts for the same images, got "
-            f"{' and '.join(map(str, sorted(counts)))}"
+            f"{' and '.join(map(str, counts))}"
         )
     return Condition(tuple(each.given for each in conditions), tuple(e.null for e in conditions))

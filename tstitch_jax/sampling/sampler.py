@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from tstitch_jax.core.checks import check_number, check_whole, is_list, shown
+from tstitch_jax.core.checks import check_number, check_whole, is_list, shown, to_builtin
 from tstitch_jax.core.denoisers import as_pytree
 from tstitch_jax.core.grids import last_steps, make_knots, match_snr
 from tstitch_jax.core.guidance import guidance_interval
@@ -24,9 +25,9 @@ from tstitch_jax.core.types import Condition, Key, Knots, Solver
 from tstitch_jax.hub import resolve
 from tstitch_jax.models import devices
 from tstitch_jax.models.build import outline
-from tstitch_jax.models.conditioning import Conditioner
+from tstitch_jax.models.conditioning import Conditioner, check_texts
 from tstitch_jax.models.families import conditioner_of
-from tstitch_jax.models.types import Autoencoder, Network, TextEncoder
+from tstitch_jax.models.types import Autoencoder, Network
 from tstitch_jax.sampling.checks import (
     check_autoencoder,
     check_images,
@@ -255,7 +256,7 @@ class Sampler:
         """What the networks are conditioned on: ``"labels"``, ``"prompts"``, or both."""
         return {conditioner.takes for conditioner in self._conditioners()}
 
-    def text_encoders(self) -> list[TextEncoder]:
+    def text_encoders(self) -> list[Any]:
         """One for each network that takes prompts; they load at the first use."""
         takes = [conditioner.takes for conditioner in self._conditioners()]
         cards = [n.card for n, kind in zip(self._networks, takes, strict=True) if kind == "prompts"]
@@ -266,7 +267,14 @@ class Sampler:
                     raise ValueError(
                         f"the card of {card.name} names no text encoder; give text_encoder"
                     )
-            source = [card.text_encoder for card in cards]
+            try:
+                return [self._load(card.text_encoder) for card in cards]
+            except (ValueError, OSError) as error:
+                name, encoder = cards[0].name, cards[0].text_encoder
+                raise ValueError(
+                    f"{name} takes texts, and its card names the text encoder {encoder}; give "
+                    f"another one, or fix this: {error}"
+                ) from None
         return [self._load(each) for each in (source if is_list(source) else [source] * len(cards))]
 
     def condition(
@@ -278,6 +286,8 @@ class Sampler:
         """
         if isinstance(cond, Condition):
             return cond
+        if prompts is not None and cond is None:
+            check_texts("prompts", prompts)  # before an encoder is loaded
         return make_condition(
             self.names,
             self._conditioners(),
@@ -286,7 +296,7 @@ class Sampler:
             cond=cond,
             prompts=prompts,
             negative=negative,
-            text_encoder=self.text_encoders() if prompts is not None else None,
+            text_encoder=None if prompts is None or cond is not None else self.text_encoders(),
         )
 
     def request(
@@ -461,6 +471,10 @@ class Sampler:
             "steps": self.knots.steps,
             "times": np.asarray(self.knots.time, np.float64).tolist(),
             "solver": self.solver.name,
+            "solver_options": {
+                field.name: to_builtin(getattr(self.solver, field.name))
+                for field in dataclasses.fields(self.solver)  # pyright: ignore[reportArgumentType]
+            },
             "guidance": [
                 each.tolist() if isinstance(each, np.ndarray) else each for each in guidance.scale
             ],
@@ -509,7 +523,7 @@ def sample(
     networks: Sequence[Network],
     *,
     labels: Any = None,
-    context: Any = None,
+    cond: Any = None,
     prompts: Any = None,
     negative: Any = None,
     text_encoder: Any = None,
@@ -552,11 +566,11 @@ def sample(
         networks: From the one that takes the first, noisy steps to the one that takes the last.
         labels: B class labels, 0 to ``num_classes - 1``, of the networks that have classes; or a
             list of such lists, one for each of these, where their classes differ.
-        context: What the other networks are conditioned on, float32 ``[B, L, D]``; or a list of
+        cond: What the other networks are conditioned on, float32 ``[B, L, D]``; or a list of
             such arrays, one for each of these, where they differ. Any length L will do.
         prompts: B texts instead, of which ``text_encoder`` makes the contexts.
         negative: What the unconditional half of guidance is given: beside prompts a text, or B
-            (no text unless given); beside a context another one, for one image or B.
+            (no text unless given); beside ``cond`` another one, for one image or B.
         text_encoder: What ``ts.load`` returns of ``card.text_encoder``; or a list with one for each
             network that takes a context. It runs before the sampler, in a program of its own.
         size: Height and width of what is returned, images or, with ``decode=False``, latents, where
@@ -593,8 +607,7 @@ def sample(
         return_trajectory: Whether to return x after each step too (neither clipped nor decoded).
         return_predictions: Whether to return x0 as predicted in each step too (the same).
         callback: Called with a ``Step`` (index, x, x0) after each step, which is then taken from
-            the host: for previews and progress bars. The numbers are the same up to rounding.
-            Another eta compiles its step anew.
+            the host: for previews and progress bars. Results are equal up to rounding.
 
     Returns:
         float32 ``[B, H, W, C]``, of the latents' shape if they are not decoded; with
@@ -614,7 +627,7 @@ def sample(
     keep = [name for name, wanted in zip(KEEP, (return_trajectory, return_predictions), strict=True)
             if wanted]  # fmt: skip
     samples = sampler(
-        key, labels=labels, prompts=prompts, cond=context, negative=negative, size=size,
+        key, labels=labels, prompts=prompts, cond=cond, negative=negative, size=size,
         noise=noise, start=start, strength=strength, decode=decode, keep=keep, callback=callback,
     )  # fmt: skip
     output = samples.images if decode else samples.latents

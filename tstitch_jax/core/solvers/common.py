@@ -13,7 +13,7 @@ from tstitch_jax.core.checks import is_whole, shown
 from tstitch_jax.core.types import Knots, Prediction
 
 
-def parse_order(name: str, order: int, known: Sequence[int]) -> int:
+def parse_order(name: str, order: int | np.integer, known: Sequence[int]) -> int:
     """The order of a method; raises ValueError unless it is one of ``known``."""
     if not is_whole(order) or order not in known:
         *most, last = known

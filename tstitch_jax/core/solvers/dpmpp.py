@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tstitch_jax.core.solvers.common import (
     combine,
@@ -58,7 +59,7 @@ class DPMSolver(Solver):
         return x, (values[: order - 1], (h, *lengths)[: order - 1])
 
 
-def dpmpp(order: int = 2, exact: bool = False) -> DPMSolver:
+def dpmpp(order: int | np.integer = 2, exact: bool = False) -> DPMSolver:
     r"""DPM-Solver++, multistep: one evaluation a step (algorithm 2 of the paper, and its order 3).
 
     With :math:`\lambda = \log(\alpha / \sigma)`, steps :math:`h = \lambda_s - \lambda_t`, and
@@ -121,7 +122,7 @@ class DPMSolverSDE(Solver):
         return x + next_knot.sigma * root(fresh) * noise, state
 
 
-def dpmpp_sde(order: int = 2) -> DPMSolverSDE:
+def dpmpp_sde(order: int | np.integer = 2) -> DPMSolverSDE:
     r"""SDE-DPM-Solver++, multistep, of order 1 or 2 (equations 17 and 18 of the paper's revision).
 
     .. math::

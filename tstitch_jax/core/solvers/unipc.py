@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tstitch_jax.core.solvers.common import (
     combine,
@@ -95,7 +96,7 @@ class UniPC(Solver):
         return ahead, (history, lengths, x, knot.sigma, here)
 
 
-def unipc(order: int = 2) -> UniPC:
+def unipc(order: int | np.integer = 2) -> UniPC:
     r"""UniPC with :math:`B_2(h) = e^h - 1`, predicting x0: one evaluation a step.
 
     The evaluation at a step's start first corrects the state that the step before it predicted
