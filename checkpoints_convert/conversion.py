@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from tstitch_jax.models.build import (
 )
 from tstitch_jax.models.cards import BaseCard, Card
 from tstitch_jax.models.families import param_shapes
-from tstitch_jax.models.store import check_place, fill_folder, replace_folder
+from tstitch_jax.models.store import check_place, check_space, fill_folder, replace_folder
 from tstitch_jax.models.tokenizer import read_tokenizer
 
 
@@ -149,28 +148,6 @@ def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> 
     return best, family
 
 
-@contextlib.contextmanager
-def _reserved(folder: Path, size: int) -> Iterator[None]:
-    """Holds the room that is going to be written, so that a full disk is found first."""
-    place = folder / "reserved"
-    try:
-        with place.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        # The rest says that this file system cannot reserve.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                error.errno,
-                f"cannot write {size / 1e6:.0f} MB in {folder.parent}: {error.strerror}; "
-                "make room or choose another place",
-            ) from error
-    try:
-        yield
-    finally:
-        place.unlink()
-
-
 def _tokenizer(source: Path, given: str | os.PathLike[str] | None) -> dict[str, bytes]:
     """The files of a checkpoint's tokenizer: the given one, its own, or the one beside it."""
     if given is not None:
@@ -249,7 +226,7 @@ def convert(
         ValueError: If there is something else at ``out``, or the family is unknown.
         OSError: If it cannot be written.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), epath.Path(out)
     if family is not None and family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     check_place(out)
@@ -259,7 +236,7 @@ def convert(
     place = inside if (inside / "config.json").is_file() else source
     found = readers.read(place)
 
-    def build(folder: Path) -> BaseCard:
+    def build(folder: epath.Path) -> BaseCard:
         layout, kind = _layout(source, found.tensors, family)
         if num_heads is not None and kind == "autoencoder":
             raise CheckpointError("an autoencoder has one attention head; leave out --num-heads")
@@ -282,7 +259,8 @@ def convert(
         tensors, read = _merged(conversion, kind, found.tensors, loras)
         size = 4 * sum(map(math.prod, expected.values()))
         bar = tqdm(total=size, desc="converting", unit="B", unit_scale=True, disable=None)
-        with bar, _reserved(folder, size + 2**20):
+        check_space(folder, size)  # before the work
+        with bar:
             params = rules.fill(conversion.rules, tensors, bar.update)
             source_checksum = readers.checksum((*found.files, *read))
         tree = unflatten_dict(params, sep="/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -14,7 +15,6 @@ from typing import Any
 
 from tstitch_jax.core.files import whole_file
 from tstitch_jax.hub.catalog import PUBLIC, known, short_name
-from tstitch_jax.models import store
 
 CHUNK = 2**20
 
@@ -70,6 +70,18 @@ def _failure(name: str, reason: object) -> ValueError:
         f"{place} {what} by other means and run: tstitch convert {what} {out} --family "
         f'{entry.family}, then ts.load("{name}") finds it'
     )
+
+
+@contextlib.contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Silences the logger of a library whose failure becomes one error."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Dropped(Exception):
@@ -271,7 +283,7 @@ def _download_repo(name: str) -> Path:
 
     entry = known(name)
     try:
-        with store.quiet("huggingface_hub"):
+        with quiet("huggingface_hub"):
             files = entry.files or _files_of(entry.repo, entry.part)
             paths = [Path(hf_hub_download(entry.repo, file)) for file in files]
     except CheckpointError:

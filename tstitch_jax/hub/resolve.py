@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tstitch_jax.core.checks import unknown
 from tstitch_jax.hub.catalog import PUBLIC, known, public, short_name
 from tstitch_jax.hub.download import download, network_folder
-from tstitch_jax.models import devices, store
+from tstitch_jax.models import store
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 """Folder of the networks that come with the package."""
@@ -115,6 +115,4 @@ def load(
         ValueError: If there is no such network, it cannot be downloaded, or its folder is damaged.
         OSError: If the disk is full.
     """
-    if mesh is None:
-        return store.load(find(name), dtype)
-    return devices.shard(store.load(find(name), dtype, on_host=True), mesh)
+    return store.load(find(name), dtype, mesh=mesh)
