@@ -267,5 +267,7 @@ def test_the_embedded_network_tells_garments_apart():
     features = extract(network, np.stack([trousers, bag]))
     names = [network.card.class_names[k] for k in features.logits.argmax(1)]
     assert names == ["Trouser", "Bag"]
-    size = sum(f.stat().st_size for f in resolve.find("fashion-features").rglob("*") if f.is_file())
+    size = sum(
+        f.stat().st_size for f in resolve.resolve("fashion-features").rglob("*") if f.is_file()
+    )
     assert size < 1.5e6

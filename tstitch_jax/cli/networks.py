@@ -19,8 +19,8 @@ def networks_command(arguments: argparse.Namespace) -> None:
     from tstitch_jax.hub import catalog, download, resolve
     from tstitch_jax.models import store
 
-    known: dict[str, BaseCard | catalog.Public] = {
-        name: store.read_card(resolve.find(name)) for name in resolve.embedded_names()
+    known: dict[str, BaseCard | catalog.CatalogEntry] = {
+        name: store.read_card(resolve.resolve(name)) for name in resolve.embedded_names()
     }
     known |= catalog.PUBLIC
     rows = []
