@@ -87,7 +87,7 @@ def resolve(name: str | os.PathLike[str]) -> Path | epath.Path:
         return path
     if text in PUBLIC:
         return ensure_converted(text)
-    if path.is_file():
+    if path.exists():
         raise ValueError(f"{name} is a file; tstitch convert {name} OUT makes a network folder")
     # A name whose first part is a local folder is a wrong path.
     if public(text) is not None and not Path(Path(text).parts[0]).is_dir():

@@ -43,7 +43,7 @@ def read_tokenizer(folder: Path | epath.Path) -> dict[str, bytes]:
     found = {
         name: (folder / name).read_bytes()
         for name in (*PAIR, WHOLE, *SETTINGS)
-        if (folder / name).is_file()
+        if (folder / name).exists()
     }
     if found.keys() >= set(PAIR):
         found.pop(WHOLE, None)
