@@ -39,6 +39,8 @@ setup(
         "flatbuffers>=24.3",  # of jax.export
         "shtab>=1.7",
         "tokenizers>=0.20.3",
+        "msgspec>=0.19",
+        "etils[epath]>=1.12.2",
     ],
     extras_require={
         "train": ["tensorflow-datasets>=4.9.9"],

@@ -23,7 +23,7 @@ from diffusers import DiTTransformer2DModel
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
-from tstitch_jax.models.families import SIZES
+from tstitch_jax.models.measure import SIZES
 
 STEPS, SCALE, FRACTIONS = 10, 4.0, (0.0, 0.4, 1.0)
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tstitch_jax.models import dit
-from tstitch_jax.models.families import SIZES
+from tstitch_jax.models.measure import SIZES
 
 
 def make(name: str, batch: int, dtype, scanned: bool):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import tstitch_jax as ts
 from tstitch_jax.models import unet
 from tstitch_jax.models.build import module_of
-from tstitch_jax.models.families import SIZES, param_shapes
+from tstitch_jax.models.measure import SIZES, param_shapes
 
 
 def dit(name: str, size: int = 256) -> ts.Card:
@@ -69,5 +69,5 @@ def make(
 ) -> Any:
     """What a card describes, its parameters as ``leaf`` makes them of a shape."""
     params = jax.tree.map(leaf, param_shapes(module_of(card)))
-    kinds = {ts.Card: ts.make_network, ts.TextEncoderCard: ts.make_text_encoder}
-    return kinds.get(type(card), ts.make_autoencoder)(card, params, dtype)
+    kinds = {ts.Card: ts.make_network, ts.TextEncoderCard: ts.make_network}
+    return kinds.get(type(card), ts.make_network)(card, params, dtype)

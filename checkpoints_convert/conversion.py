@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
@@ -21,17 +20,17 @@ from checkpoints_convert.family import Conversion, Layout
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.core.checks import unknown
 from tstitch_jax.models.build import (
-    TAKE_TEXTS,
     check_card,
     complete,
     fit_tokenizer,
     flatten,
     module_of,
+    takes_texts,
 )
 from tstitch_jax.models.cards import BaseCard, Card
 from tstitch_jax.models.families import FAMILIES, imported
 from tstitch_jax.models.measure import param_shapes
-from tstitch_jax.models.store import check_place, fill_folder, replace_folder
+from tstitch_jax.models.store import check_place, check_space, fill_folder, replace_folder
 from tstitch_jax.models.tokenizer import read_tokenizer
 
 
@@ -73,28 +72,6 @@ def _layout(source: Path, tensors: Mapping[str, Tensor], family: str | None) -> 
             f"not of {family}"
         )
     return best, family
-
-
-@contextlib.contextmanager
-def _reserved(folder: Path, size: int) -> Iterator[None]:
-    """Holds the room that is going to be written, so that a full disk is found first."""
-    place = folder / "reserved"
-    try:
-        with place.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        # The rest says that this file system cannot reserve.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                error.errno,
-                f"cannot write {size / 1e6:.0f} MB in {folder.parent}: {error.strerror}; "
-                "make room or choose another place",
-            ) from error
-    try:
-        yield
-    finally:
-        place.unlink()
 
 
 def _tokenizer(source: Path, given: str | os.PathLike[str] | None) -> dict[str, bytes]:
@@ -176,7 +153,7 @@ def convert(
         ValueError: If there is something else at ``out``, or the family is unknown.
         OSError: If it cannot be written.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), epath.Path(out)
     parts = families()
     if family is not None and family not in parts:
         raise unknown("family", family, parts)
@@ -187,7 +164,7 @@ def convert(
     place = inside if (inside / "config.json").is_file() else source
     found = readers.read(place)
 
-    def build(folder: Path) -> BaseCard:
+    def build(folder: epath.Path) -> BaseCard:
         layout, kind = _layout(source, found.tensors, family)
         if num_heads is not None and kind == "autoencoder":
             raise CheckpointError("an autoencoder has one attention head; leave out --num-heads")
@@ -197,7 +174,7 @@ def convert(
         module = module_of(conversion.card)
         files: dict[str, bytes] | None = None
         settings: dict[str, Any] = {}
-        if conversion.card.architecture in TAKE_TEXTS:
+        if takes_texts(conversion.card):
             files = _tokenizer(place, tokenizer)
             settings = dict(tokenizer_checksum=fit_tokenizer(files, module)[1])
         elif tokenizer is not None:
@@ -210,7 +187,8 @@ def convert(
         tensors, read = _merged(conversion, kind, found.tensors, loras)
         size = 4 * sum(map(math.prod, expected.values()))
         bar = tqdm(total=size, desc="converting", unit="B", unit_scale=True, disable=None)
-        with bar, _reserved(folder, size + 2**20):
+        check_space(folder, size)  # before the work
+        with bar:
             params = rules.fill(conversion.rules, tensors, bar.update)
             source_checksum = readers.checksum((*found.files, *read))
         tree = unflatten_dict(params, sep="/")

@@ -18,7 +18,7 @@ from tstitch_jax.core.schedules import make_schedule
 from tstitch_jax.core.types import Leaf, Prediction, record, static
 from tstitch_jax.models.build import make_network, module_of
 from tstitch_jax.models.cards import Card
-from tstitch_jax.models.families import init_params
+from tstitch_jax.models.measure import init_params
 from tstitch_jax.models.store import load, read_card, save
 from tstitch_jax.models.types import Network
 from tstitch_jax.sampling.program import SampleRequest

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -103,31 +105,79 @@ def test_a_failed_rename_puts_the_old_one_back(folder, monkeypatch):
     rename = os.rename
 
     def fail(source, target):
-        if str(target) == str(folder) and ".old." not in str(source):
+        if str(target) == str(folder) and str(source).endswith(".new"):
             raise OSError("the disk went away")
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(OSError, match="went away"):
-        store.replace_folder(folder, lambda new: None)
+        ts.save(folder, tiny_network(seed=1))
     monkeypatch.undo()
-    ts.load(folder)
+    assert ts.load(folder).card.checksum == tiny_network().card.checksum
     assert os.listdir(folder.parent) == ["net"]
 
 
-def test_sigterm_leaves_nothing_behind(folder):
+def test_the_next_save_removes_what_a_killed_process_left(folder):
     script = (
-        "import signal, sys\n"
-        "from pathlib import Path\n"
+        "import os, signal, sys\n"
         "from tstitch_jax.models import store\n"
         "def write(new):\n"
         "    (new / 'half').write_text('')\n"
-        "    signal.raise_signal(signal.SIGTERM)\n"
-        "store.replace_folder(Path(sys.argv[1]), write)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "store.replace_folder(sys.argv[1], write)\n"
     )
-    assert subprocess.run([sys.executable, "-c", script, str(folder)]).returncode == 143
-    ts.load(folder)
+    killed = subprocess.run([sys.executable, "-c", script, str(folder)])
+    assert killed.returncode == -signal.SIGKILL
+    assert ts.load(folder).card.checksum == tiny_network().card.checksum
+    ts.save(folder, tiny_network(seed=1))
+    assert ts.load(folder).card.checksum == tiny_network(seed=1).card.checksum
     assert os.listdir(folder.parent) == ["net"]
+
+
+def test_a_process_killed_between_the_renames_loses_nothing(folder, monkeypatch):
+    folder.rename(folder.with_name(".net.old"))
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", fail)
+        with pytest.raises(OSError, match="No space"):
+            ts.save(folder, tiny_network(seed=1))
+    assert ts.load(folder).card.checksum == tiny_network().card.checksum
+    assert os.listdir(folder.parent) == ["net"]
+
+
+def test_a_full_disk_is_one_error(folder, monkeypatch):
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"cannot write 0 MB in .*: No space left on device; free"):
+        ts.save(folder, tiny_network(seed=1))
+    assert ts.load(folder).card.checksum == tiny_network().card.checksum
+    assert os.listdir(folder.parent) == ["net"]
+
+
+def test_restored_onto_a_mesh(folder):
+    network, mesh = tiny_network(), ts.make_mesh(model=2)
+    loaded, moved = ts.load(folder, mesh=mesh), ts.shard(network, mesh)
+    assert loaded.card == network.card
+
+    def check(found, expected):
+        assert found.sharding == expected.sharding
+        np.testing.assert_array_equal(found, expected)
+
+    jax.tree.map(check, loaded.params, moved.params)
+
+
+def test_the_format_of_a_folder(folder):
+    card = json.loads((folder / "card.json").read_text())
+    assert card.pop("format") == store.FORMAT == 2
+    (folder / "card.json").write_text(json.dumps(card))  # as 0.12 wrote it
+    assert ts.load(folder).card == tiny_network().card
+    edit_card(folder, format=3, surprise=1)
+    with pytest.raises(ValueError, match=r"has format 3, .* reads up to 2; upgrade") as caught:
+        ts.load(folder)
+    assert "damaged" not in str(caught.value)
 
 
 def edit_card(folder, **changes):
@@ -150,12 +200,20 @@ def flip_largest(folder):
         (lambda f: (f / "card.json").write_text("[]"), "card.json is damaged or not a card"),
         (lambda f: edit_card(f, surprise=1), "not a card: unknown surprise"),
         (lambda f: edit_card(f, image_shape=5), "not a card: image_shape is 5"),
-        (lambda f: edit_card(f, num_classes=-1), "num_classes must be at least 1, got -1"),
-        (lambda f: edit_card(f, num_classes=10**30), "is damaged"),
+        (lambda f: edit_card(f, num_classes=-1), "num_classes is -1: Expected `int` >= 0"),
+        (lambda f: edit_card(f, num_classes=0), "num_classes must be at least 1, got 0"),
+        (lambda f: edit_card(f, num_classes=10**30), "num_classes is 1000.*<= "),
         (lambda f: edit_card(f, class_names=["a"]), "1 names for 10 classes"),
-        (lambda f: edit_card(f, class_names=[1, 2]), "class_names are not all texts"),
+        (lambda f: edit_card(f, class_names=[1, 2]), r"class_names is \[1, 2\]: Expected `str`"),
+        (lambda f: edit_card(f, learned_variance=1), "learned_variance is 1: Expected `bool`"),
+        (lambda f: edit_card(f, num_params=-5), "num_params is -5: Expected `int` >= 0"),
+        (lambda f: edit_card(f, format="two"), "damaged or not a card: Expected `int`"),
         (lambda f: edit_card(f, guidance_channels=0), "guidance_channels must be 1 to 4, got 0"),
         (lambda f: (f / "card.json").write_text("[" * 100_000), "card.json is damaged"),
+        (
+            lambda f: (f / "card.json").write_text('{"config": ' + "[" * 100_000),
+            "card.json is damaged",
+        ),
         (
             lambda f: edit_card(f, config={"width": 32, "depth": 2, "num_heads": 0, "patch": 2}),
             "num_heads must be at least 1, got 0",
@@ -182,6 +240,17 @@ def test_damage_is_one_clear_error(folder, damage, message):
     with pytest.raises(ValueError, match=message) as caught:
         ts.load(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_every_problem_of_a_card_is_listed(folder):
+    card = json.loads((folder / "card.json").read_text())
+    del card["target"]
+    card |= {"surprise": 1, "macs": "many", "image_shape": [0, 8, 4]}
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="not a card: ") as caught:
+        ts.load(folder)
+    for problem in ("missing target", "unknown surprise", "macs is 'many'", "image_shape is [0, 8"):
+        assert problem in str(caught.value)
 
 
 def test_every_misfit_is_listed():
@@ -213,7 +282,7 @@ def test_a_folder_beside_the_network_is_told(folder, tmp_path):
         ts.load(tmp_path)
     (tmp_path / "dit").mkdir()
     (tmp_path / "dit" / "config.json").touch()
-    with pytest.raises(ValueError, match=r"tstitch convert .* makes one of it"):
+    with pytest.raises(ValueError, match=r"convert it by tstitch convert .* OUT"):
         ts.load(tmp_path / "dit")
     with pytest.raises(ValueError, match=r"is a file; tstitch convert .* makes a network folder"):
         ts.load(tmp_path / "dit" / "config.json")

@@ -15,7 +15,7 @@ from tstitch_jax.hub import resolve
 from tstitch_jax.models import build
 from tstitch_jax.models.cards import FeatureCard
 from tstitch_jax.models.classifier import Classifier
-from tstitch_jax.models.families import count_params
+from tstitch_jax.models.measure import count_params
 from tstitch_jax.models.types import Features
 from tstitch_jax.training import ClassifierConfig, train
 from tstitch_jax.training.classification import accuracy, augment, make_classifier_loss
@@ -35,7 +35,7 @@ def tiny_card(**changes) -> FeatureCard:
 
 @functools.cache
 def tiny_network(dtype=jnp.float32):
-    return build.make_feature_network(tiny_card(), random_params(tiny_card()), dtype)
+    return build.make_network(tiny_card(), random_params(tiny_card()), dtype)
 
 
 def extract(network, pixels):
@@ -266,5 +266,7 @@ def test_the_embedded_network_tells_garments_apart():
     features = extract(network, np.stack([trousers, bag]))
     names = [network.card.class_names[k] for k in features.logits.argmax(1)]
     assert names == ["Trouser", "Bag"]
-    size = sum(f.stat().st_size for f in resolve.find("fashion-features").rglob("*") if f.is_file())
+    size = sum(
+        f.stat().st_size for f in resolve.resolve("fashion-features").rglob("*") if f.is_file()
+    )
     assert size < 1.5e6

@@ -327,7 +327,7 @@ KINDS = TrainConfig, ClassifierConfig
 
 def test_the_projects_configurations_are_the_embedded_networks():
     for name in resolve.embedded_names():
-        card = store.read_card(resolve.find(name))
+        card = store.read_card(resolve.resolve(name))
         config = load_config(str(ROOT / card.source.removeprefix("tstitch train ")), *KINDS)
         first = ROOT / "configs" / f"{Path(config.init).parent.name}.py"
         if config.init:

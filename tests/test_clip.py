@@ -19,7 +19,7 @@ from checkpoints_convert.rules import Tensor
 from tstitch_jax.models import store
 from tstitch_jax.models.build import flatten, module_of
 from tstitch_jax.models.clip import CLIP, TextTower, prepare
-from tstitch_jax.models.families import count_params, param_shapes
+from tstitch_jax.models.measure import count_params, param_shapes
 
 TINY = GOLDEN / "clip_tiny"
 LIMIT = 2e-5
@@ -71,7 +71,7 @@ def test_text_encoder(encoder):
 
 def test_the_penultimate_block(encoder):
     card = dataclasses.replace(encoder.card, config={**encoder.card.config, "skip": 1})
-    other = ts.make_text_encoder(card, encoder.params, tokenizer=encoder.tokenizer.files)
+    other = ts.make_network(card, encoder.params, tokenizer=encoder.tokenizer.files)
     assert relative(other.model(IDS), EXPECTED["text/penultimate"]) < LIMIT
     # What is left out costs nothing in a program.
     text = jax.jit(lambda model, ids: model(ids)).lower(other.model, IDS).compile().as_text()
@@ -285,11 +285,11 @@ def test_round_trip(encoder, clip, tmp_path):
         placed = ts.load(tmp_path / "net", mesh=ts.make_mesh())
         for other in (loaded, placed):
             assert jax.tree.structure(other.model) == jax.tree.structure(network.model)
-    bare = ts.make_text_encoder(encoder.card, encoder.params)
+    bare = ts.make_network(encoder.card, encoder.params)
     assert bare.tokenizer is None
     with pytest.raises(ValueError, match="text has no tokenizer, and its folder must"):
         ts.save(tmp_path / "other", bare)
-    bare = ts.make_feature_network(clip.card, clip.params)
+    bare = ts.make_network(clip.card, clip.params)
     assert jax.tree.structure(bare.model) == jax.tree.structure(clip.model)
     with pytest.raises(ValueError, match="clip has no tokenizer"):
         ts.save(tmp_path / "other", bare)
@@ -316,7 +316,7 @@ def test_damaged_tokenizers_of_folders(folders, tmp_path):
 def test_shapes_alone_make_an_encoder():
     """To compile for one that is not there."""
     card = ts.TextEncoderCard(name="sd", architecture="clip_text", config=TEXT_L)
-    encoder = ts.make_text_encoder(card, param_shapes(module_of(card)), jnp.bfloat16)
+    encoder = ts.make_network(card, param_shapes(module_of(card)), jnp.bfloat16)
     assert encoder.card.num_params == 123_060_480
     assert encoder.params["block_0"]["qkv"]["kernel"].dtype == jnp.bfloat16
     assert encoder.card.macs == pytest.approx(77 * 12 * (12 * 768**2 + 2 * 77 * 768), rel=1e-3)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import tstitch_jax as ts
 from checkpoints_convert import CheckpointError, conversion, convert, readers, rules
 from checkpoints_convert.rules import Tensor
 from tstitch_jax.models.build import flatten, module_of
-from tstitch_jax.models.families import SIZES, param_shapes
+from tstitch_jax.models.measure import SIZES, param_shapes
 
 DIFFUSERS = GOLDEN / "diffusers_tiny"
 PUBLISHED = GOLDEN / "tstitch_tiny"
@@ -438,13 +439,14 @@ def test_an_existing_network_is_replaced_only_by_force(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(OSError, match=r"cannot write 0 MB in .*: No space left on device"):
+            convert(PUBLISHED / "small.pt", tmp_path / "net", num_heads=2)
+
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"cannot write 1 MB in .*: No space left on device"):
-        convert(PUBLISHED / "small.pt", tmp_path / "net", num_heads=2)
-    monkeypatch.undo()
     monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", full)
     with pytest.raises(OSError, match=r"cannot write the network: .*No space"):
         convert(PUBLISHED / "small.pt", tmp_path / "net", num_heads=2)
@@ -465,20 +467,22 @@ def convert_in_a_process(code: str, out: Path) -> tuple[int, list[str]]:
     return done.returncode, done.stderr.splitlines()
 
 
-def test_a_write_that_really_fails_leaves_nothing(tmp_path):
-    """Files of at most 300 kB, but no reservation that would tell beforehand."""
+def test_a_write_that_really_fails_leaves_no_network(tmp_path):
+    """The process may write files of at most 300 kB."""
     status, lines = convert_in_a_process(
-        "import resource; del os.posix_fallocate; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000,) * 2)",
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000,) * 2)",
         tmp_path / "net",
     )
     assert status == 2, lines
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("tstitch: error: cannot write the network: ")
-    assert os.listdir(tmp_path) == []
+    # Threads of Orbax print tracebacks, too.
+    said = [line for line in lines if "tstitch: error: cannot write the network: " in line]
+    assert len(said) == 1, lines
+    assert not (tmp_path / "net").exists()
+    convert(PUBLISHED / "small.pt", tmp_path / "net", num_heads=2)
+    assert os.listdir(tmp_path) == ["net"]
 
 
-def test_ctrl_c_while_writing_leaves_nothing(tmp_path):
+def test_ctrl_c_while_writing_leaves_no_network(tmp_path):
     status, lines = convert_in_a_process(
         "import signal, orbax.checkpoint as ocp; save = ocp.Checkpointer.save; "
         # Whoever runs the tests in the background may have it ignored.
@@ -488,7 +492,7 @@ def test_ctrl_c_while_writing_leaves_nothing(tmp_path):
     )
     assert status == 130, lines
     assert lines == ["tstitch: stopped"]
-    assert os.listdir(tmp_path) == []
+    assert not (tmp_path / "net").exists()
 
 
 def test_out_may_be_a_link(tmp_path):

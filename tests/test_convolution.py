@@ -8,7 +8,7 @@ import pytest
 from helpers import relative
 
 from tstitch_jax.models import convolution
-from tstitch_jax.models.families import count_macs
+from tstitch_jax.models.measure import count_macs
 
 
 def direct(x, kernel):

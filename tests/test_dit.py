@@ -12,7 +12,7 @@ from tstitch_jax.core.grids import make_knots
 from tstitch_jax.core.types import Condition
 from tstitch_jax.models import dit
 from tstitch_jax.models.build import make_network, module_of
-from tstitch_jax.models.families import (
+from tstitch_jax.models.measure import (
     SIZES,
     compute_dtypes,
     count_params,

@@ -24,7 +24,7 @@ import tstitch_jax as ts
 from tstitch_jax.hub import catalog, download, resolve
 from tstitch_jax.models import clip, dit, inception, unet
 from tstitch_jax.models.autoencoder import LatentAutoencoder
-from tstitch_jax.models.families import SIZES, count_params, module_macs, param_shapes
+from tstitch_jax.models.measure import SIZES, count_params, module_macs, param_shapes
 
 BODY = np.random.default_rng(0).bytes(3 * 2**20 + 12345)
 HALF = 2**20 + 2**19
@@ -48,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         body = s.files[self.path]
         tag = s.etag or f'"{hashlib.sha256(body).hexdigest()}"'
         start = int(wanted[6:-1]) if wanted and not s.ignores_range else 0
+        if start >= len(body):
+            return self.send_error(416)
         if start and self.headers["If-Range"] != tag and not s.ignores_if_range:
             start = 0
         self.send_response(206 if start else 200)
@@ -169,7 +171,7 @@ DAMAGED[len(DAMAGED) // 2] ^= 255
 @pytest.mark.parametrize("body", [b"no archive", archive_of(b"", "other.ckpt"), bytes(DAMAGED)])
 def test_another_archive(server, archived, body):
     server.files["/net.zip"] = body
-    with pytest.raises(ValueError, match=r"net.pt.zip is no archive with model.ckpt whole"):
+    with pytest.raises(ValueError, match=r"net.pt.zip is not an archive with an intact model.ckpt"):
         download.download("net")
     Path(f"{archived}.zip").unlink()
     server.files["/net.zip"] = archive_of(BODY)
@@ -195,13 +197,6 @@ def test_a_later_call_goes_on(server, net):
     assert server.seen == [f"bytes={HALF}-"]
 
 
-def test_a_complete_part_is_not_fetched_again(server, net):
-    leave_part(server, net)
-    Path(f"{net}.part").write_bytes(BODY)
-    check_download(net)
-    assert server.seen == []
-
-
 def test_a_killed_process_leaves_its_part(server, net):
     code = (
         "import dataclasses; from tstitch_jax.hub import catalog, download\n"
@@ -224,10 +219,11 @@ def test_a_killed_process_leaves_its_part(server, net):
     assert server.seen == [f"bytes={have}-"]
 
 
-def another_state(**changes):
+def another_source(url=None, validator=None):
     def damage(server, net):
-        file = Path(f"{net}.part.json")
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        file = Path(f"{net}.part.source")
+        old = file.read_text().split("\n")
+        file.write_text(f"{url or old[0]}\n{validator or old[1]}")
 
     return damage
 
@@ -235,27 +231,19 @@ def another_state(**changes):
 @pytest.mark.parametrize(
     ("damage", "seen"),
     [
-        (lambda s, net: Path(f"{net}.part.json").write_text("{"), [None]),
-        (lambda s, net: Path(f"{net}.part.json").write_text("[]"), [None]),
-        (lambda s, net: Path(f"{net}.part.json").unlink(), [None]),
+        (lambda s, net: Path(f"{net}.part.source").write_text(""), [None]),
+        (lambda s, net: Path(f"{net}.part.source").unlink(), [None]),
         (lambda s, net: Path(f"{net}.part").unlink(), [None]),
-        (lambda s, net: Path(f"{net}.part").write_bytes(BODY + b"more"), [None]),
-        (another_state(url="https://elsewhere.org/net.pt"), [None]),
-        # The server sees that it is of another file,
-        (another_state(validator='"old"'), [f"bytes={HALF}-"]),
+        (lambda s, net: Path(f"{net}.part").write_bytes(BODY), [f"bytes={len(BODY)}-", None]),
+        (another_source(url="https://elsewhere.org/net.pt"), [None]),
+        # The server notices that the part is of another file.
+        (another_source(validator='"old"'), [f"bytes={HALF}-"]),
         (lambda s, net: setattr(s, "ignores_range", True), [f"bytes={HALF}-"]),
-        # or it does not look.
+        # The server does not check.
         (
             lambda s, net: (
                 setattr(s, "ignores_if_range", True),
-                another_state(validator='"old"')(s, net),
-            ),
-            [f"bytes={HALF}-", None],
-        ),
-        (
-            lambda s, net: (
-                setattr(s, "ignores_if_range", True),
-                another_state(total=len(BODY) + 1)(s, net),
+                another_source(validator='"old"')(s, net),
             ),
             [f"bytes={HALF}-", None],
         ),
@@ -309,10 +297,38 @@ def test_a_full_disk_leaves_the_part(server, net, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(download, "open", Full, raising=False)
-        with pytest.raises(OSError, match=r"cannot write .*net.pt.part: No space left .* goes on"):
+        with pytest.raises(OSError, match=r"cannot write .*net.pt.part: No space left .* resumes"):
             download.download("net")
     check_download(net)
     assert server.seen == [None, f"bytes={2 * 2**20}-"]
+
+
+def pin(monkeypatch, digest):
+    entry = dataclasses.replace(catalog.PUBLIC["net"], sha256=digest)
+    monkeypatch.setitem(catalog.PUBLIC, "net", entry)
+
+
+def test_a_pinned_checksum(server, net, monkeypatch):
+    pin(monkeypatch, hashlib.sha256(b"published").hexdigest())
+    with pytest.raises(ValueError, match=r"of net have changed: .* the catalog expects"):
+        download.download("net")
+    assert not net.exists()
+    pin(monkeypatch, hashlib.sha256(BODY).hexdigest())
+    check_download(net)
+
+
+def test_a_changed_file_is_refused(server, net, cache):
+    check_download(net)
+    record = cache / "networks" / "net.sha256"
+    assert record.read_text().strip() == hashlib.sha256(BODY).hexdigest()
+    net.unlink()
+    server.files["/net.pt"] = b"another version"
+    with pytest.raises(ValueError, match=r"net.pt .* the first download had") as caught:
+        download.download("net")
+    assert str(record) in str(caught.value)
+    assert not net.exists()
+    server.files["/net.pt"] = BODY
+    check_download(net)
 
 
 def test_offline(server, net, cache, conversions):
@@ -410,7 +426,7 @@ def conversions(monkeypatch):
 
 
 def test_fetch_converts_once(server, net, cache, conversions):
-    threads = [threading.Thread(target=resolve.fetch, args=("net",)) for _ in range(2)]
+    threads = [threading.Thread(target=resolve.ensure_converted, args=("net",)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -422,7 +438,7 @@ def test_fetch_converts_once(server, net, cache, conversions):
     assert conversions == [(net, out, arguments)]
     assert server.seen == [None]
     assert not net.exists()
-    assert resolve.find("net") == resolve.fetch("net") == out
+    assert resolve.resolve("net") == resolve.ensure_converted("net") == out
     assert resolve.load("net").card == tiny_network().card
     assert len(conversions) == 1
 
@@ -430,20 +446,20 @@ def test_fetch_converts_once(server, net, cache, conversions):
 def test_a_download_that_cannot_be_converted(server, net, conversions):
     server.files["/net.pt"] = b"something else"
     with pytest.raises(ValueError, match=f"is no checkpoint; delete {net} to download net again"):
-        resolve.fetch("net")
+        resolve.ensure_converted("net")
     server.files["/net.pt"] = BODY
     net.unlink()
-    resolve.fetch("net")
+    resolve.ensure_converted("net")
 
 
 def test_find_in_order(server, net, conversions, cache, monkeypatch):
     monkeypatch.chdir(cache)
     (cache / "fashion-s").mkdir()
-    assert resolve.find("fashion-s") == resolve.EMBEDDED / "fashion-s"
+    assert resolve.resolve("fashion-s") == resolve.EMBEDDED / "fashion-s"
     (cache / "net").mkdir()
-    assert resolve.find("net") == Path("net")
+    assert resolve.resolve("net") == Path("net")
     (cache / "net").rmdir()
-    assert resolve.find("net") == cache / "networks" / "net"
+    assert resolve.resolve("net") == cache / "networks" / "net"
 
 
 @pytest.mark.parametrize(
@@ -460,7 +476,7 @@ def test_unknown_names(name, message):
 
 
 def test_unknown_public_names():
-    for function in (download.download, resolve.fetch):
+    for function in (download.download, resolve.ensure_converted):
         with pytest.raises(ValueError, match="unknown public network 'sit-s-2'; did you mean 'sit"):
             function("sit-s-2")
 
@@ -607,4 +623,4 @@ def test_a_pipeline_of_the_hub(cache, tmp_path, monkeypatch):
     assert hub_.asked == [("someone/xl", "unet/config.json")]
     (tmp_path / "someone").mkdir()
     with pytest.raises(ValueError, match="no network folder at someone/anime"):
-        resolve.find("someone/anime")
+        resolve.resolve("someone/anime")

@@ -16,7 +16,7 @@ from helpers import (
 
 import tstitch_jax as ts
 from tstitch_jax.models import build
-from tstitch_jax.models.families import SIZES, param_shapes
+from tstitch_jax.models.measure import SIZES, param_shapes
 from tstitch_jax.sampling.program import SampleRequest
 
 KEY = jax.random.key(0)
@@ -88,7 +88,7 @@ def autoencoder():
         image_shape=(16, 16, 3),
         scaling_factor=0.5,
     )
-    return ts.make_autoencoder(card, jax.tree.map(lambda p: 10 * p, random_params(card)))
+    return ts.make_network(card, jax.tree.map(lambda p: 10 * p, random_params(card)))
 
 
 def test_latents_are_decoded_in_the_same_executable(pair, autoencoder):
@@ -110,8 +110,7 @@ def test_latents_are_decoded_in_the_same_executable(pair, autoencoder):
 
 
 def shapes(card, dtype=jnp.float32):
-    make = ts.make_network if isinstance(card, ts.Card) else ts.make_autoencoder
-    return make(card, param_shapes(build.module_of(card)), dtype)
+    return ts.make_network(card, param_shapes(build.module_of(card)), dtype)
 
 
 @pytest.mark.parametrize(("side", "large"), [(32, "dit-xl-2"), (64, "dit-s-4")])
@@ -407,7 +406,7 @@ BAD = [
     (dict(start=np.zeros((2, 8, 8, 3)), strength=0.5), r"start must be \(2, 8, 8, 4\), one image"),
     (dict(start=np.zeros((2, 8, 8, 4)), strength=0.0), "above 0, at most 1, got 0"),
     (dict(start=np.full((2, 8, 8, 4), np.nan), strength=0.5), "start holds numbers that are not"),
-    (dict(labels=[[1, 2]]), "labels must be one for all networks .* each of the 2, got 1"),
+    (dict(labels=[[1, 2]]), "give one labels for all networks .* each of the 2, got 1"),
     (dict(labels=[[1, 2], [3]]), "labels or texts for the same images, got 1 and 2"),
     (dict(labels=[[1, 2], [3, 10]]), "labels must be 0 to 9, got 10"),
     (dict(labels=7), "labels must be a list of class numbers or names, one an image, got 7"),
@@ -417,7 +416,7 @@ BAD = [
         dict(plan=ts.Plan(np.array([0, 1, 7, 1], np.int32), 2), fractions=None),
         "holds numbers 0 to 1, got 0 to 7",
     ),
-    (dict(networks=[5]), "networks must be a list of what ts.load returns"),
+    (dict(networks=[5]), "networks must be a list of names, paths or what ts.load returns"),
     (dict(networks=["fashoin-s"]), "unknown network 'fashoin-s'; did you mean"),
     (dict(networks=[]), "give at least one network"),
     (dict(networks="shape"), "a and other cannot be stitched: their image shape differs"),

@@ -32,7 +32,7 @@ from tstitch_jax.jobs.sweep import NOISE, ROUNDS, _check, _guidance, _on_front, 
 from tstitch_jax.jobs.timing import pareto_front
 from tstitch_jax.models import build
 from tstitch_jax.models.cards import FeatureCard
-from tstitch_jax.models.families import init_params
+from tstitch_jax.models.measure import init_params
 from tstitch_jax.report import charts
 
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
         image_shape=(8, 8, 1), num_classes=10, class_names=tuple("abcdefghij"),
     )  # fmt: skip
     params = init_params(build.module_of(card), jax.random.key(0))
-    ts.save(root / "looks", ts.make_feature_network(card, params))
+    ts.save(root / "looks", ts.make_network(card, params))
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     np.savez(root / "reference.npz", arr_0=pixels)
     return root

@@ -200,7 +200,7 @@ def test_other_sizes(pair):
         name="coder", architecture="autoencoder", image_shape=(16, 16, 3), scaling_factor=0.5,
         config={"widths": [8, 16], "layers": 1, "latent_channels": 4, "groups": 4},
     )  # fmt: skip
-    coder = ts.make_autoencoder(card, random_params(card))
+    coder = ts.make_network(card, random_params(card))
     images = draw(pair, **encoder, size=(24, 16), autoencoder=coder, decode=True)
     assert images.shape == (3, 24, 16, 3)
     # From an image of that size, through the same autoencoder

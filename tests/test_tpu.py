@@ -17,14 +17,14 @@ from tpu_aot import devices_of
 import tstitch_jax as ts
 from checkpoints_convert import convert
 from tstitch_jax.models import build, store
-from tstitch_jax.models.families import param_shapes
+from tstitch_jax.models.measure import param_shapes
 
 pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
 
 
 def shapes(card, mesh):
-    make = ts.make_network if isinstance(card, ts.Card) else ts.make_autoencoder
-    return ts.shard(make(card, param_shapes(build.module_of(card)), jnp.bfloat16), mesh)
+    shapes = param_shapes(build.module_of(card))
+    return ts.shard(ts.make_network(card, shapes, jnp.bfloat16), mesh)
 
 
 @pytest.fixture(scope="module")

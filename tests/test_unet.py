@@ -20,7 +20,7 @@ from checkpoints_convert.rules import Tensor
 from tstitch_jax.models import convolution, unet
 from tstitch_jax.models.build import Prepared, flatten, make_network, module_of
 from tstitch_jax.models.cards import Card
-from tstitch_jax.models.families import compute_dtypes, count_params, param_shapes
+from tstitch_jax.models.measure import compute_dtypes, count_params, param_shapes
 
 GIVEN = json.loads((GOLDEN / "unet" / "names.json").read_text())
 LIMIT = 2e-5

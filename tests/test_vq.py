@@ -14,7 +14,7 @@ import tstitch_jax as ts
 from checkpoints_convert import CheckpointError, convert
 from tstitch_jax.models.autoencoder import LatentAutoencoder
 from tstitch_jax.models.build import module_of
-from tstitch_jax.models.families import count_params, param_shapes
+from tstitch_jax.models.measure import count_params, param_shapes
 
 GIVEN = json.loads((GOLDEN / "unet" / "names.json").read_text())
 LIMIT = 2e-5

@@ -84,10 +84,7 @@ from .jobs.sweep import (
     sweep as sweep,
 )
 from .models.build import (
-    make_autoencoder as make_autoencoder,
-    make_feature_network as make_feature_network,
     make_network as make_network,
-    make_text_encoder as make_text_encoder,
 )
 from .models.cards import (
     AutoencoderCard as AutoencoderCard,

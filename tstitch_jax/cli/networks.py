@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tstitch_jax.cli.text import class_labels, count, load_config, table
+from tstitch_jax.cli.text import count, load_config, table
 from tstitch_jax.models.cards import BaseCard, Card
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ def networks_command(arguments: argparse.Namespace) -> None:
     from tstitch_jax.hub import catalog, download, resolve
     from tstitch_jax.models import store
 
-    known: dict[str, BaseCard | catalog.Public] = {
-        name: store.read_card(resolve.find(name)) for name in resolve.embedded_names()
+    known: dict[str, BaseCard | catalog.CatalogEntry] = {
+        name: store.read_card(resolve.resolve(name)) for name in resolve.embedded_names()
     }
     known |= catalog.PUBLIC
     rows = []
@@ -102,7 +102,7 @@ def _preview(steps: int = 50, rows: int = 4) -> Callable[[Network, Path], None]:
         card = network.card
         if card.autoencoder or card.image_shape[2] not in (1, 3):
             return
-        labels = class_labels(None, card)
+        labels = list(range(min(card.num_classes, 10)))
         images = sampler.sample(jax.random.key(0), [network], labels=labels * rows, steps=steps)
         picture = pictures.grid(
             np.asarray(images).reshape(rows, len(labels), *card.image_shape),

@@ -1,4 +1,4 @@
-"""Public networks by name: where their files are, and what their cards will say."""
+"""Public networks by name: where their files are, and the fields of their cards."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from tstitch_jax.core.checks import unknown
 
 
 @dataclasses.dataclass(frozen=True)
-class Public:
-    """A public network: where its files are, and what its card will say.
+class CatalogEntry:
+    """A public network: where its files are, and the fields of its card.
 
     Attributes:
-        family: Whose layout the files have: ``"dit"``, ``"sit"``, ``"unet"``, ``"autoencoder"``,
+        family: The layout of the files: ``"dit"``, ``"sit"``, ``"unet"``, ``"autoencoder"``,
             ``"inception"``, ``"text_encoder"`` or ``"clip"``.
-        files: Names of its files; none where they are those of ``part``.
-        source, license, num_params, macs, data, image_shape, num_classes: As in the card; some have
-            no classes (0), and one that takes texts has no image shape.
+        files: Names of the files; empty if they are those of ``part``.
+        source, license, num_params, macs, data, image_shape, num_classes: As in the card. Networks
+            without classes have 0, and text encoders have no image shape.
         url: Address of the one file, or of an archive that holds it, or empty.
-        member: What the file is called in the archive, or empty.
+        member: Name of the file in the archive, or empty.
         repo: Repository on the Hugging Face hub that holds the files, or empty.
-        part: The folder of a pipeline of diffusers that the repository holds, or empty. Its files
-            are asked for, as repositories have the weights in one format or another.
-        text_encoder: The name of what makes a network's contexts, where it is not the usual one.
+        part: Folder of a diffusers pipeline in the repository, or empty. The repository is asked
+            for its files, since the format of the weights differs.
+        text_encoder: Name of the network's text encoder, if not the usual one.
+        sha256: SHA-256 of the file (in an archive, of ``member``), or empty if none is published;
+            of several files, as ``source_checksum`` in the card.
     """
 
     family: str
@@ -41,6 +43,7 @@ class Public:
     repo: str = ""
     part: str = ""
     text_encoder: str = ""
+    sha256: str = ""
 
 
 _DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
@@ -54,12 +57,12 @@ _FROM_AUTHORS: dict[str, Any] = dict(
 _CAPTIONED = "400M images of the internet with their texts"
 
 
-def _dit(size: str, pixels: int, num_params: int, macs: int, drive: str = "") -> Public:
+def _dit(size: str, pixels: int, num_params: int, macs: int, drive: str = "") -> CatalogEntry:
     """A DiT of 2 x 2 patches: of its own authors, or, on Google Drive, of the T-Stitch paper's."""
     file = f"DiT-{size}-2-{pixels}{'' if drive else f'x{pixels}'}.pt"
     place = "dl.fbaipublicfiles.com/DiT"
     origin: dict[str, Any] = dict(source=place, license="CC-BY-NC-4.0")
-    return Public(
+    return CatalogEntry(
         family="dit",
         files=(file,),
         url=_DRIVE.format(drive) if drive else f"https://{place}/models/{file}",
@@ -73,9 +76,9 @@ def _dit(size: str, pixels: int, num_params: int, macs: int, drive: str = "") ->
 
 def _on_hub(
     repo: str, family: str, num_params: int, macs: int, license: str, **more: Any
-) -> Public:
+) -> CatalogEntry:
     """A network of a repository on the Hugging Face hub."""
-    return Public(
+    return CatalogEntry(
         family=family,
         repo=repo,
         source=f"huggingface.co/{repo}",
@@ -86,20 +89,20 @@ def _on_hub(
     )
 
 
-def _sit(size: str, num_params: int, macs: int) -> Public:
+def _sit(size: str, num_params: int, macs: int) -> CatalogEntry:
     repo, files = "nyu-visionx/SiT-collections", (f"SiT-{size}-2-256.pt",)
     return _on_hub(repo, "sit", num_params, macs, "MIT", files=files)
 
 
-def _text_to_image(repo: str, num_params: int, macs: int, data: str) -> Public:
+def _text_to_image(repo: str, num_params: int, macs: int, data: str) -> CatalogEntry:
     """A U-Net of Stable Diffusion 1's kind, of a pipeline."""
     more: dict[str, Any] = dict(part="unet", data=data, image_shape=(64, 64, 4), num_classes=0)
     return _on_hub(repo, "unet", num_params, macs, "CreativeML OpenRAIL-M", files=(), **more)
 
 
-def _class_to_image(drive: str, file: str, num_params: int, macs: int) -> Public:
+def _class_to_image(drive: str, file: str, num_params: int, macs: int) -> CatalogEntry:
     """A U-Net of the T-Stitch paper's, on latents of VQ-f8."""
-    return Public(
+    return CatalogEntry(
         family="unet",
         files=(file,),
         url=_DRIVE.format(drive),
@@ -109,7 +112,7 @@ def _class_to_image(drive: str, file: str, num_params: int, macs: int) -> Public
     )
 
 
-def _vae(repo: str) -> Public:
+def _vae(repo: str) -> CatalogEntry:
     """Stable Diffusion's autoencoder, with another decoder."""
     return _on_hub(
         repo,
@@ -124,9 +127,9 @@ def _vae(repo: str) -> Public:
     )
 
 
-def _vq(name: str, num_params: int, macs: int) -> Public:
+def _vq(name: str, num_params: int, macs: int) -> CatalogEntry:
     """A VQ autoencoder of the latent diffusion paper's."""
-    return Public(
+    return CatalogEntry(
         family="autoencoder",
         files=(f"{name}.ckpt",),
         url=f"https://ommer-lab.com/files/latent-diffusion/{name}.zip",
@@ -141,7 +144,7 @@ def _vq(name: str, num_params: int, macs: int) -> Public:
     )
 
 
-def _clip(repo: str, num_params: int, macs: int) -> Public:
+def _clip(repo: str, num_params: int, macs: int) -> CatalogEntry:
     tokenizer = ("vocab.json", "merges.txt", "tokenizer_config.json")
     return _on_hub(
         repo,
@@ -159,7 +162,7 @@ def _clip(repo: str, num_params: int, macs: int) -> Public:
 _SD = "CompVis/stable-diffusion-v1-4"
 
 
-PUBLIC: dict[str, Public] = {
+PUBLIC: dict[str, CatalogEntry] = {
     "dit-xl-2-256": _dit("XL", 256, 674_834_720, 118_621_421_568),
     "dit-xl-2-512": _dit("XL", 512, 674_834_720, 524_538_298_368),
     "dit-s-2-256": _dit("S", 256, 32_865_056, 6_055_673_856, "1YOSNrFbP36vHlPQPBosqZKbPLokymRuO"),
@@ -170,7 +173,7 @@ PUBLIC: dict[str, Public] = {
     "sit-xl-2-256": _sit("XL", 674_816_272, 118_616_702_976),
     "sd-vae-ft-ema": _vae("stabilityai/sd-vae-ft-ema"),
     "sd-vae-ft-mse": _vae("stabilityai/sd-vae-ft-mse"),
-    "inception": Public(
+    "inception": CatalogEntry(
         family="inception",
         files=("pt_inception-2015-12-05-6726825d.pth",),
         url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -231,7 +234,7 @@ _PARTS = {"unet": "unet", "vae": "autoencoder", "text_encoder": "text_encoder"}
 """Of a pipeline of diffusers, and whose layout each has."""
 
 
-def public(name: str) -> Public | None:
+def public(name: str) -> CatalogEntry | None:
     """The public network of a name of ``PUBLIC``, or of a pipeline on the Hugging Face hub.
 
     ``"owner/repository"`` is its U-Net; ``"owner/repository/vae"`` and ``".../text_encoder"`` are
@@ -246,14 +249,14 @@ def public(name: str) -> Public | None:
     for entry in PUBLIC.values():
         if (entry.repo, entry.part) == (repo, part):
             return entry
-    return Public(
+    return CatalogEntry(
         family=_PARTS[part], files=(), repo=repo, part=part, source=f"huggingface.co/{repo}",
         license=f"see huggingface.co/{repo}", num_params=0, macs=0, data="", image_shape=(),
         num_classes=0, text_encoder=f"{repo}/text_encoder",
     )  # fmt: skip
 
 
-def known(name: str) -> Public:
+def known(name: str) -> CatalogEntry:
     entry = public(name)
     if entry is None:
         raise unknown("public network", name, PUBLIC)

@@ -1,30 +1,25 @@
-"""Downloads of public networks, which resume where they were cut off."""
+"""Resumable downloads of public networks."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import logging
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tstitch_jax.core.files import whole_file
+from tstitch_jax.core.checks import first_line
+from tstitch_jax.core.files import whole_file, write_text
 from tstitch_jax.hub.catalog import PUBLIC, known, short_name
-from tstitch_jax.models import store
 
 CHUNK = 2**20
-
-
 TIMEOUT = 30.0
-
 
 RETRIES = 4
 """Attempts in a row that bring nothing before a download is given up."""
-
 
 PAUSE = 1.0
 """Seconds before the first retry; each further one waits twice as long."""
@@ -42,7 +37,7 @@ def network_folder(name: str) -> Path:
 
 
 def is_cached(name: str) -> bool:
-    """Whether a public network was downloaded and converted."""
+    """Whether a public network has been downloaded and converted."""
     return any((network_folder(each) / "card.json").exists() for each in (name, short_name(name)))
 
 
@@ -73,116 +68,95 @@ def _failure(name: str, reason: object) -> ValueError:
 
 
 class _Dropped(Exception):
-    """The connection failed; what came before it did is in the partial file."""
+    """The connection failed; the bytes before that are in the partial file."""
 
 
 class _Refused(Exception):
-    """The server's answer is not the file; asking again would not help."""
-
-
-@contextlib.contextmanager
-def _network_errors() -> Iterator[None]:
-    # Told apart from errors of the disk, which are OSErrors too.
-    import http.client
-    import urllib.error
-
-    try:
-        yield
-    except urllib.error.HTTPError:
-        raise
-    except (OSError, http.client.HTTPException) as error:
-        reason = str(getattr(error, "reason", error))
-        raise _Dropped(reason or type(error).__name__) from error
-
-
-def _validator(headers: Any) -> str | None:
-    """What changes with the file's bytes; a weak ETag need not."""
-    tag = headers["ETag"]
-    return tag if tag and not tag.startswith("W/") else headers["Last-Modified"]
+    """The server does not send the file; a retry would not help."""
 
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def _read_state(file: Path, url: str) -> tuple[str, int]:
-    """Validator and whole size of a download of ``url`` that can go on; size 0 if none can."""
+def _dropped(error: Exception) -> _Dropped:
+    return _Dropped(str(getattr(error, "reason", error)) or type(error).__name__)
+
+
+def _chunks(response: Any) -> Iterator[bytes]:
+    from http.client import HTTPException
+
     try:
-        state = json.loads(file.read_text())
-        return (str(state["validator"]), int(state["total"])) if state["url"] == url else ("", 0)
-    except (OSError, ValueError, KeyError, TypeError):
-        return "", 0
+        while chunk := response.read(CHUNK):
+            yield chunk
+    except (OSError, HTTPException) as error:
+        raise _dropped(error) from error
 
 
 def _transfer(url: str, part: Path) -> None:
-    """One attempt at the bytes that ``part`` still lacks."""
-    import urllib.error
-    import urllib.request
+    """One attempt at the bytes that ``part`` lacks.
+
+    A file beside it holds the address and the validator (a strong ETag or the time of the last
+    change), without which the bytes are not resumed.
+    """
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
 
     from tqdm import tqdm
 
-    state_file = Path(f"{part}.json")
-    validator, whole = _read_state(state_file, url)
-    have = _size(part)
-    if 0 < have == whole:
-        return
-    request = urllib.request.Request(url, headers={"User-Agent": "tstitch_jax"})
-    resuming = 0 < have < whole
-    if resuming:
-        request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", validator)
+    source = Path(f"{part}.source")
+    have, headers = _size(part), {"User-Agent": "tstitch_jax"}
+    address, _, validator = source.read_text().partition("\n") if source.exists() else ("", "", "")
+    if have and validator and address == url:
+        headers |= {"Range": f"bytes={have}-", "If-Range": validator}
     try:
-        with _network_errors():
-            response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
+        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+    except HTTPError as error:
         error.close()
-        if resuming and error.code == 416:
-            part.unlink()
-            return _transfer(url, part)
-        raise _Refused(f"the server answers {error.code} {error.reason}") from None
+        if error.code != 416 or "Range" not in headers:
+            raise _Refused(f"the server answers {error.code} {error.reason}") from None
+        part.unlink()  # not shorter than the file
+        return _transfer(url, part)
+    except (OSError, HTTPException) as error:
+        raise _dropped(error) from error
     with response:
         if response.headers.get_content_type() == "text/html":
             raise _Refused(
-                "the server sent a web page instead of the file, as Google does for a day when too "
-                "many have asked for it"
+                "the server sent a web page instead of the file, as Google Drive does after too "
+                "many downloads in a day"
             )
-        now = _validator(response.headers)
-        if resuming and response.status == 206:
-            asked = f"bytes {have}-{whole - 1}/{whole}"
-            if response.headers["Content-Range"] != asked or now not in (None, validator):
-                part.unlink()  # another version of the file, or other bytes of it
-                return _transfer(url, part)
-        else:
+        tag, changed = response.headers["ETag"], response.headers["Last-Modified"]
+        current = (changed if not tag or tag.startswith("W/") else tag) or ""
+        content = response.headers["Content-Range"] or ""
+        if response.status != 206 or "Range" not in headers:
             have = 0
+        elif current not in ("", validator) or not content.startswith(f"bytes {have}-"):
+            part.unlink()  # another version of the file, or other bytes
+            return _transfer(url, part)
         total = None if response.length is None else have + response.length
         try:
             with open(part, "ab" if have else "wb") as file:
-                if not have:  # not before, since it must never speak of an older file's bytes
-                    state = {"url": url, "validator": now, "total": total}
-                    state_file.write_text(json.dumps(state if now and total else {}))
+                if not have:  # after the old bytes are gone
+                    source.write_text(f"{url}\n{current}")
                 with tqdm(
                     initial=have, total=total, desc=part.stem, unit="B", unit_scale=True,
                     unit_divisor=1024,
                 ) as bar:  # fmt: skip
-                    while True:
-                        with _network_errors():
-                            chunk = response.read(CHUNK)
-                        if not chunk:
-                            break
+                    for chunk in _chunks(response):
                         file.write(chunk)
                         bar.update(len(chunk))
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"cannot write {part}: {error.strerror}; mend that and run it again, it goes on "
-                "from there",
+                f"cannot write {part}: {error.strerror}; fix this and rerun, the download resumes",
             ) from error
     if total is not None and _size(part) < total:
         raise _Dropped(f"the connection closed after {_size(part)} of {total} bytes")
 
 
 def _unpack(archive: Path, member: str, path: Path) -> None:
-    """One file of an archive; raises ValueError if it is not in there, or damaged."""
+    """Extracts one file of an archive; raises ValueError if it is missing or damaged."""
     import zipfile
     import zlib
 
@@ -195,8 +169,32 @@ def _unpack(archive: Path, member: str, path: Path) -> None:
             shutil.copyfileobj(source, stream, CHUNK)
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"{archive} is no archive with {member} whole in it; delete it to download it again"
+            f"{archive} is not an archive with an intact {member}; delete it to download it again"
         ) from error
+
+
+def _check_sha256(name: str, files: Sequence[Path]) -> None:
+    """Compares downloaded files with the catalog's SHA-256, else with that of the first download.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    from checkpoints_convert.readers import checksum
+
+    digest, record = checksum(tuple(files)), Path(f"{network_folder(short_name(name))}.sha256")
+    if expected := known(name).sha256:
+        origin = "the catalog expects"
+    elif record.exists():
+        expected = record.read_text().strip()
+        origin = f"the first download had (delete {record} to accept the change)"
+    else:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        return write_text(record, f"{digest}\n")
+    if digest != expected:
+        raise ValueError(
+            f"the files of {name} have changed: {', '.join(file.name for file in files)} have "
+            f"SHA-256 {digest}, {origin} {expected}"
+        )
 
 
 def _download_url(name: str) -> Path:
@@ -208,13 +206,15 @@ def _download_url(name: str) -> Path:
     part = Path(f"{whole}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
+        if path.exists():
+            return path
         left = 0  # a server that never answered is not asked again
-        while not path.exists() and not whole.exists():
+        while not whole.exists():
             before = _size(part)
             try:
                 _transfer(entry.url, part)
                 os.replace(part, whole)
-                Path(f"{part}.json").unlink(missing_ok=True)
+                Path(f"{part}.source").unlink()
             except _Refused as error:
                 raise _failure(name, error) from None
             except _Dropped as error:
@@ -222,17 +222,21 @@ def _download_url(name: str) -> Path:
                 if left <= 0:
                     raise _failure(name, error) from None
                 time.sleep(PAUSE * 2 ** (RETRIES - left))
-        if not path.exists():
-            for left in path.parent.glob(f".{path.name}.*"):  # of a killed process
-                left.unlink()
-            _unpack(whole, entry.member, path)
         if entry.member:
-            whole.unlink(missing_ok=True)
+            for file in path.parent.glob(f".{path.name}.*"):  # left by a killed process
+                file.unlink()
+            _unpack(whole, entry.member, path)
+            whole.unlink()
+        try:
+            _check_sha256(name, [path])
+        except ValueError:
+            path.unlink()
+            raise
     return path
 
 
 def _files_of(repo: str, part: str) -> list[str]:
-    """The files of a part of a pipeline: weights, configuration, scheduler or tokenizer."""
+    """The files of a pipeline's part: weights, configuration, scheduler or tokenizer."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
     from checkpoints_convert import CheckpointError
@@ -244,13 +248,13 @@ def _files_of(repo: str, part: str) -> list[str]:
     found = next((file for file in weights if file in there), None)
     if found is None or f"{part}/config.json" not in there:
         raise CheckpointError(
-            f"the repository {repo} has no weights in {part}, as a pipeline of diffusers has"
+            f"the repository {repo} has no weights in {part}, where a diffusers pipeline has them"
         )
     if part == "unet":
-        # Said in a small file, before gigabytes of weights are fetched.
-        said = read_json(Path(hf_hub_download(repo, f"{part}/config.json")))
-        later = said.get("use_linear_projection") or said.get("addition_embed_type")
-        if later or said.get("in_channels", 4) != said.get("out_channels", 4):
+        # A small file, read before gigabytes of weights are downloaded.
+        config = read_json(Path(hf_hub_download(repo, f"{part}/config.json")))
+        later = config.get("use_linear_projection") or config.get("addition_embed_type")
+        if later or config.get("in_channels", 4) != config.get("out_channels", 4):
             raise CheckpointError(
                 f"{repo} is of Stable Diffusion 2, XL or later, or for inpainting; supported are "
                 f"{SUPPORTED}"
@@ -269,32 +273,37 @@ def _download_repo(name: str) -> Path:
 
     from checkpoints_convert import CheckpointError
 
-    entry = known(name)
+    entry, logger = known(name), logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # its failure becomes one error
     try:
-        with store.quiet("huggingface_hub"):
-            files = entry.files or _files_of(entry.repo, entry.part)
-            paths = [Path(hf_hub_download(entry.repo, file)) for file in files]
+        files = entry.files or _files_of(entry.repo, entry.part)
+        paths = [Path(hf_hub_download(entry.repo, file)) for file in files]
     except CheckpointError:
         raise
-    except Exception as error:  # of the HTTP client too, which differs between the hub's releases
-        if isinstance(error, OSError) and error.errno:  # the disk's
+    except Exception as error:  # errors of the HTTP client differ between releases of the hub's
+        if isinstance(error, OSError) and error.errno:  # of the disk
             raise
-        lines = str(error.__cause__ or error).strip().splitlines()
-        raise _failure(name, lines[0] if lines else type(error).__name__) from None
+        raise _failure(name, first_line(error.__cause__ or error)) from None
+    finally:
+        logger.setLevel(level)
+    _check_sha256(name, paths)
     return paths[0] if len(paths) == 1 else paths[0].parent
 
 
 def download(name: str) -> Path:
-    """Downloads a public network's file, or the folder of its files where it has several.
+    """Downloads the file of a public network, or the folder of its files if it has several.
 
-    A download that was cut off goes on where it stopped. Files of the Hugging Face hub are in that
-    client's own cache, others in ``cache_folder()``.
+    An interrupted download resumes. Files of the Hugging Face hub go into that client's cache,
+    other files into ``cache_folder()``. Their SHA-256 is compared with the catalog's, or with the
+    one that the first download recorded.
 
     Args:
-        name: One of ``PUBLIC``.
+        name: A name of ``PUBLIC``, or a pipeline on the hub; see ``public``.
 
     Raises:
-        ValueError: If there is no such network, or it cannot be reached; says how to go on by hand.
-        OSError: If the disk is full; what has come is kept.
+        ValueError: If the name is unknown, the files have changed, or the server cannot be reached;
+            the message then describes a manual download.
+        OSError: If the disk is full; the downloaded bytes are kept.
     """
     return _download_url(name) if known(name).url else _download_repo(name)

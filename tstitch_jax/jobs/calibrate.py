@@ -574,7 +574,7 @@ def calibrate(
         warnings=tuple(_warnings(networks, found, allowed, spent, solver)),
         settings={
             **goal, "free": free, "conditions": request.batch, "costs": costs,
-            **sampler.settings(), **given,
+            **sampler.replace(plan=None).settings(), **given,
         },
         _gram=found.gram,
     )  # fmt: skip

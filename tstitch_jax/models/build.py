@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar, overload
 
 import flax.linen as nn
 import jax
@@ -36,6 +36,10 @@ from tstitch_jax.models.types import (
 from tstitch_jax.models.unet import UNet
 
 C = TypeVar("C", bound=BaseCard)
+K = TypeVar("K", FeatureCard, TextEncoderCard)
+
+Files = Mapping[str, bytes] | None
+"""The files of a tokenizer by name."""
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -250,12 +254,6 @@ def _autoencoder(card: AutoencoderCard, params: Params, dtype: Any) -> Autoencod
     return Autoencoder(coder, card, module.factor, module.latent_channels)
 
 
-def _feature_network(card: FeatureCard, params: Params, dtype: Any) -> FeatureNetwork:
-    check_classes(card)
-    module, params, card = _fit(card, params, dtype)
-    return FeatureNetwork(FeatureModel(params, module), card, str(jnp.dtype(dtype)))
-
-
 def fit_tokenizer(files: Mapping[str, bytes], module: Any) -> tuple[Tokenizer, str]:
     """The tokenizer of a module that takes texts, and the checksum of its files.
 
@@ -272,95 +270,79 @@ def fit_tokenizer(files: Mapping[str, bytes], module: Any) -> tuple[Tokenizer, s
     return tokenizer, hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _tokenized(card: K, files: Mapping[str, bytes] | None, module: Any) -> tuple[K, Any]:
+    """The card with the checksum of a tokenizer's files, and the tokenizer, if there is one."""
+    tokenizer, digest = (None, "") if files is None else fit_tokenizer(files, module)
+    return dataclasses.replace(card, tokenizer_checksum=digest), tokenizer
+
+
 def _text_encoder(
-    card: TextEncoderCard, params: Params, dtype: Any, files: Mapping[str, bytes] | None = None
+    card: TextEncoderCard, params: Params, dtype: Any, files: Mapping[str, bytes] | None
 ) -> TextEncoder:
     module, params, card = _fit(card, params, dtype)
-    tokenizer, digest = (None, "") if files is None else fit_tokenizer(files, module)
-    card = dataclasses.replace(card, tokenizer_checksum=digest)
+    card, tokenizer = _tokenized(card, files, module)
     return TextEncoder(TextModel(params, module), card, module.tokens, module.width, tokenizer)
 
 
-def _clip(
-    card: FeatureCard, params: Params, dtype: Any, files: Mapping[str, bytes] | None = None
+def _feature_network(
+    card: FeatureCard, params: Params, dtype: Any, files: Mapping[str, bytes] | None
 ) -> FeatureNetwork:
+    if not takes_texts(card):
+        check_classes(card)
     module, params, card = _fit(card, params, dtype)
-    tokenizer, digest = (None, "") if files is None else fit_tokenizer(files, module)
-    card = dataclasses.replace(card, tokenizer_checksum=digest)
+    tokenizer = None
+    if takes_texts(card):
+        card, tokenizer = _tokenized(card, files, module)
     return FeatureNetwork(FeatureModel(params, module), card, str(jnp.dtype(dtype)), tokenizer)
 
 
-def make_network(card: Card, params: Params, dtype: Any = jnp.float32) -> Network:
-    """A network of its card and parameters; fills in the card's sizes and checksum.
+def takes_texts(card: BaseCard) -> bool:
+    """Whether the network of a card reads tokens, so that its folder holds a tokenizer."""
+    return hasattr(module_of(card), "vocabulary")
+
+
+def build(
+    card: BaseCard, params: Params, dtype: Any, tokenizer: Mapping[str, bytes] | None = None
+) -> Any:
+    """The network of a card and of parameters that stay where they are; see ``make_network``."""
+    if isinstance(card, AutoencoderCard):
+        return _autoencoder(card, params, dtype)
+    if isinstance(card, TextEncoderCard):
+        return _text_encoder(card, params, dtype, tokenizer)
+    if isinstance(card, FeatureCard):
+        return _feature_network(card, params, dtype, tokenizer)
+    assert isinstance(card, Card)
+    return _network(card, params, dtype)
+
+
+@overload
+def make_network(card: Card, params: Params, dtype: Any = ...) -> Network: ...
+@overload
+def make_network(card: AutoencoderCard, params: Params, dtype: Any = ...) -> Autoencoder: ...
+@overload
+def make_network(
+    card: TextEncoderCard, params: Params, dtype: Any = ..., *, tokenizer: Files = ...
+) -> TextEncoder: ...
+@overload
+def make_network(
+    card: FeatureCard, params: Params, dtype: Any = ..., *, tokenizer: Files = ...
+) -> FeatureNetwork: ...
+def make_network(
+    card: BaseCard, params: Params, dtype: Any = jnp.float32, *, tokenizer: Files = None
+) -> Any:
+    """The network of a card and parameters; fills in the card's sizes and checksum.
 
     Args:
-        card: What the network is.
+        card: What the network is. Its class decides what is returned.
         params: Its parameters, a nested dict of float arrays; or their shapes
             (``jax.ShapeDtypeStruct``), to compile for a network that is not there.
-        dtype: What it computes in, float32 or bfloat16. The network then holds the parameters that
+        dtype: The compute dtype, float32 or bfloat16. The network then holds the parameters that
             are only used so in that dtype, the others in float32.
+        tokenizer: Of a network that reads texts, the files of its tokenizer by name, as another
+            one's ``tokenizer.files`` has them; None if its tokens come from elsewhere.
 
     Raises:
-        ValueError: If card and parameters do not fit; lists every missing, extra and misshapen one.
+        ValueError: If card and parameters do not fit (the error lists every missing, extra and
+            misshapen parameter), or the tokenizer is damaged or has another vocabulary.
     """
-    return _network(card, _on_device(params), dtype)
-
-
-def make_autoencoder(
-    card: AutoencoderCard, params: Params, dtype: Any = jnp.float32
-) -> Autoencoder:
-    """An autoencoder of its card and parameters, as ``make_network`` makes a network."""
-    return _autoencoder(card, _on_device(params), dtype)
-
-
-def make_feature_network(
-    card: FeatureCard,
-    params: Params,
-    dtype: Any = jnp.float32,
-    *,
-    tokenizer: Mapping[str, bytes] | None = None,
-) -> FeatureNetwork:
-    """A feature network of its card and parameters, as ``make_network`` makes a network.
-
-    One that knows texts may be given the files of its tokenizer, as ``make_text_encoder`` is.
-    """
-    if card.architecture == "clip":
-        return _clip(card, _on_device(params), dtype, tokenizer)
-    return _feature_network(card, _on_device(params), dtype)
-
-
-def make_text_encoder(
-    card: TextEncoderCard,
-    params: Params,
-    dtype: Any = jnp.float32,
-    *,
-    tokenizer: Mapping[str, bytes] | None = None,
-) -> TextEncoder:
-    """A text encoder of its card and parameters, as ``make_network`` makes a network.
-
-    Args:
-        card, params, dtype: As of ``make_network``.
-        tokenizer: The files of its tokenizer by name, as another encoder's ``tokenizer.files`` has
-            them; None where ``encode`` is given ids from elsewhere.
-
-    Raises:
-        ValueError: Also if the tokenizer is damaged or of another vocabulary.
-    """
-    return _text_encoder(card, _on_device(params), dtype, tokenizer)
-
-
-DENOISER = (Card, _network)
-
-
-KINDS_OF_CARD: dict[str, tuple[Any, Callable[..., Any]]] = {
-    "autoencoder": (AutoencoderCard, _autoencoder),
-    "inception": (FeatureCard, _feature_network),
-    "classifier": (FeatureCard, _feature_network),
-    "clip": (FeatureCard, _clip),
-    "clip_text": (TextEncoderCard, _text_encoder),
-}
-"""The card of an architecture, and what makes the network of it."""
-
-
-TAKE_TEXTS = ("clip", "clip_text")
-"""Architectures whose folders have a tokenizer."""
+    return build(card, _on_device(params), dtype, tokenizer)

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import msgspec
+
+from tstitch_jax.core.checks import shown
+
+C = TypeVar("C", bound="BaseCard")
+
+Total = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 2)]  # labels are int32
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +38,8 @@ class BaseCard:
     name: str
     architecture: str
     config: dict[str, Any]
-    num_params: int = 0
-    macs: int = 0
+    num_params: Total = 0
+    macs: Total = 0
     source: str = ""
     source_checksum: str = ""
     data: str = ""
@@ -56,12 +67,12 @@ class Card(BaseCard):
         consistency: Whether it was distilled to a consistency network, whose x0 is a sample.
     """
 
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[Size, Size, Size]
     target: str
     learned_variance: bool
     schedule: dict[str, Any]
-    num_classes: int
-    context: tuple[int, int] | None = None
+    num_classes: Count
+    context: tuple[Size, Size] | None = None
     class_names: tuple[str, ...] = ()
     guidance_channels: int | None = None
     autoencoder: str = ""
@@ -78,7 +89,7 @@ class AutoencoderCard(BaseCard):
         scaling_factor: What the encoder's output is multiplied by to give latents.
     """
 
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[Size, Size, Size]
     scaling_factor: float
 
 
@@ -93,8 +104,8 @@ class FeatureCard(BaseCard):
         tokenizer_checksum: As of ``TextEncoderCard``; empty of one that knows no texts.
     """
 
-    image_shape: tuple[int, int, int]
-    num_classes: int
+    image_shape: tuple[Size, Size, Size]
+    num_classes: Count
     class_names: tuple[str, ...] = ()
     tokenizer_checksum: str = ""
 
@@ -109,3 +120,24 @@ class TextEncoderCard(BaseCard):
     """
 
     tokenizer_checksum: str = ""
+
+
+def parse_card(kind: type[C], fields: Mapping[str, Any]) -> C:
+    """A card of the given kind from the fields of a JSON object.
+
+    Raises:
+        ValueError: If fields are missing, unknown or have wrong values; lists all of them.
+    """
+    types = get_type_hints(kind, include_extras=True)
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    problems = [f"missing {name}" for name in sorted(required - fields.keys())]
+    problems += [f"unknown {name}" for name in sorted(fields.keys() - types.keys())]
+    values = {}
+    for name in fields.keys() & types.keys():
+        try:
+            values[name] = msgspec.convert(fields[name], types[name])
+        except msgspec.ValidationError as error:
+            problems.append(f"{name} is {shown(fields[name])}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return kind(**values)

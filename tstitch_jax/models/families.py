@@ -10,15 +10,6 @@ from typing import Any
 from tstitch_jax.core.checks import unknown
 from tstitch_jax.models.cards import AutoencoderCard, BaseCard, Card, FeatureCard, TextEncoderCard
 from tstitch_jax.models.conditioning import Conditioner, Labels, Texts
-from tstitch_jax.models.measure import (  # noqa: F401  # until all imports name measure
-    SIZES,
-    compute_dtypes,
-    count_macs,
-    count_params,
-    init_params,
-    module_macs,
-    param_shapes,
-)
 
 
 def labels_or_texts(card: Card) -> Conditioner:

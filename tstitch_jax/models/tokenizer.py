@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from tstitch_jax.core.checks import shown
 from tstitch_jax.models.types import Tokenizer
@@ -32,7 +33,7 @@ _WORDS = (
 """What is a word: a contraction's end, letters, one digit, or other characters side by side."""
 
 
-def read_tokenizer(folder: Path) -> dict[str, bytes]:
+def read_tokenizer(folder: Path | epath.Path) -> dict[str, bytes]:
     """The files of a tokenizer by name.
 
     Raises:
@@ -42,7 +43,7 @@ def read_tokenizer(folder: Path) -> dict[str, bytes]:
     found = {
         name: (folder / name).read_bytes()
         for name in (*PAIR, WHOLE, *SETTINGS)
-        if (folder / name).is_file()
+        if (folder / name).exists()
     }
     if found.keys() >= set(PAIR):
         found.pop(WHOLE, None)

@@ -26,7 +26,6 @@ from tstitch_jax.jobs.folder import held_folder, remove_unfinished
 from tstitch_jax.models.build import (
     check_card,
     check_classes,
-    make_feature_network,
     make_network,
     module_of,
 )
@@ -287,7 +286,7 @@ def _objective(config: Config) -> tuple[Any, Callable[..., Any], Callable[..., A
         loss = make_classifier_loss(
             apply, shift=config.shift, flip=config.flip, label_smoothing=config.label_smoothing
         )
-        return module, loss, make_feature_network
+        return module, loss, make_network
     schedule = check_card(config.card)
     module = module_of(config.card)
     loss = make_loss(
