@@ -262,8 +262,9 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         width = x.shape[-1]
-        kernel = self.param("kernel", self.kernel_init, (width, 3 * width)).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (3 * width,)).astype(jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, (width, 3 * width))
+        bias = self.param("bias", nn.initializers.zeros, (3 * width,))
+        kernel, bias = jnp.asarray(kernel, self.dtype), jnp.asarray(bias, jnp.float32)
 
         def at_once(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
             return jnp.split((_matmul(x, kernel) + bias).astype(self.dtype), 3, axis=-1)
