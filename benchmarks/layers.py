@@ -1,4 +1,4 @@
-"""Scanned against unrolled layers: which should ``networks/dit.py`` use?
+"""Scanned against unrolled layers: which should ``models/dit.py`` use?
 
     python benchmarks/layers.py cpu                 # times this machine
     python benchmarks/layers.py tpu [v5e:2x2]       # the TPU compiler's estimate; needs libtpu
@@ -30,7 +30,7 @@ from tstitch_jax.models.measure import SIZES
 def make(name: str, batch: int, dtype, scanned: bool):
     """A function of all blocks, and the shapes of its arguments."""
     size = SIZES[name]
-    block = dit.Block(size["num_heads"], 4.0, dtype)
+    block = dit.Block(size["num_heads"], 4.0, dtype, 1e-6)
     x = jax.ShapeDtypeStruct((batch, 256, size["width"]), dtype)
     c = jax.ShapeDtypeStruct((batch, size["width"]), jnp.float32)
     one = jax.eval_shape(block.init, jax.random.key(0), x, c)["params"]

@@ -8,14 +8,17 @@ float32; forms alternate within a round, figures are medians in milliseconds.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from tstitch_jax.models import convolution, unet
+from tstitch_jax.models import convolution, layers
 
 CONVOLUTIONS = [
     (2, 64, 320, 320),
@@ -39,10 +42,17 @@ def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def attention(limit: int) -> Callable[..., jax.Array]:
     def attend(*given: jax.Array) -> jax.Array:
-        unet.CACHED = limit  # read when the program is traced
-        return unet.attend(*given)
+        layers.CACHED = limit  # read when the program is traced
+        return layers.attend(*given)
 
     return attend
+
+
+class GatedUnit(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gelu = functools.partial(nn.gelu, approximate=False)
+        return layers.feed_forward(x, 4 * x.shape[-1], gelu, jnp.float32, gated=True)
 
 
 def compare(title: str, forms: dict[str, Callable[..., Any]], given: Any, rounds: int) -> None:
@@ -58,9 +68,9 @@ def compare(title: str, forms: dict[str, Callable[..., Any]], given: Any, rounds
 
 
 def gated(limit: int) -> Callable[..., jax.Array]:
-    def unit(*given: jax.Array) -> jax.Array:
-        unet.CACHED = limit
-        return unet.gated_unit(*given)
+    def unit(*given: Any) -> jax.Array:
+        layers.CACHED = limit
+        return GatedUnit().apply(*given)
 
     return unit
 
@@ -73,7 +83,7 @@ def main() -> None:
     def draw(*shape: int) -> jax.Array:
         return jax.random.normal(jax.random.key(len(shape)), shape)
 
-    given = [draw(2, 8, 4096, 40)] * 3
+    given = [draw(2, 4096, 8, 40)] * 3
     forms = {f"2^{power} logits": attention(2**power) for power in (26, 24, 22, 20, 18)}
     compare("attention of 4096 pixels, 2 x 8 heads of 40", forms, given, rounds)
     for batch, side, channels, features in CONVOLUTIONS:
@@ -90,9 +100,10 @@ def main() -> None:
             forms["surroundings"] = lambda x, kernel, _: convolution.surroundings(x, kernel)
         compare(f"{batch} x {side} px, {channels} to {features} channels", forms, given, rounds)
     for side, width in ((64, 320), (32, 640), (16, 1280)):
-        shapes = (2, side**2, width), (width, 8 * width), (8 * width,), (4 * width, width), (width,)
+        x = draw(2, side**2, width)
+        params = GatedUnit().init(jax.random.key(0), x)
         forms = {f"{2**power} gates": gated(2**power) for power in (26, 23, 22, 21)}
-        compare(f"gated unit, {side} px, {width}", forms, [draw(*s) for s in shapes], rounds)
+        compare(f"gated unit, {side} px, {width}", forms, [params, x], rounds)
 
 
 if __name__ == "__main__":

@@ -110,11 +110,23 @@ def test_other_kinds_are_direct():
         ((x, kernel), dict(stride=2)),
         ((x, kernel), dict(padding=((1, 1), (1, 1)))),
         ((jax.ShapeDtypeStruct((9, 256, 256, WIDE), jnp.float32), kernel), {}),
-        ((x, kernel[:1, :1]), {}),
+        ((x, kernel[:1, :2]), {}),
     ):
         program = str(jax.make_jaxpr(lambda *g, o=options: convolution.convolve(*g, **o))(*arrays))
         assert "conv_general_dilated" in program
         assert "cond" not in program
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((3, 3), 1), ((3, 3), 2), ((1, 1), 1), ((1, 7), 1), ((5, 2), 2)]
+)
+def test_without_padding(kernel, stride):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 12, 3))
+    w = jax.random.normal(jax.random.key(1), (*kernel, 3, 5))
+    direct = jax.lax.conv_general_dilated(
+        x, w, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert relative(convolution.convolve(x, w, stride, "VALID"), direct) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])

@@ -87,18 +87,6 @@ def test_resize(i, expected):
     np.testing.assert_allclose(some(resized), expected[f"resized_{i}"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "stride"), [((3, 3), 1), ((3, 3), 2), ((1, 1), 1), ((1, 7), 1), ((5, 2), 2)]
-)
-def test_convolutions_are_alike_in_each_form(kernel, stride):
-    x = jax.random.normal(jax.random.key(0), (2, 9, 12, 3))
-    w = jax.random.normal(jax.random.key(1), (*kernel, 3, 5))
-    direct = jax.lax.conv_general_dilated(
-        x, w, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    assert relative(inception.convolve(x, w, stride, "VALID"), direct) < 1e-5
-
-
 def test_bfloat16_is_close(folder, found):
     network = store.load(folder, jnp.bfloat16)
     pixels = jnp.asarray(pixels_of(SIZES[0]))

@@ -76,46 +76,6 @@ def test_values(name, folders):
     assert relative(output, EXPECTED[f"{name}/output"]) < LIMIT
 
 
-def plain_attention(q, k, v):
-    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k) / np.sqrt(q.shape[-1])
-    return jnp.einsum("bhnm,bhmd->bhnd", jax.nn.softmax(logits), v)
-
-
-@pytest.mark.parametrize(
-    ("limit", "piece"),
-    [
-        (10**6, "f32[8,60,7]"),
-        (2 * 60 * 7, "f32[2,60,7]"),  # two of eight heads
-        (60 * 7, "f32[1,60,7]"),
-        (11 * 7, "f32[1,10,7]"),  # ten of a head's 60 queries
-        (1, "f32[1,1,7]"),  # the least there is
-    ],
-)
-def test_pieces_of_attention_are_the_same(monkeypatch, limit, piece):
-    q, k, v = (jax.random.normal(jax.random.key(i), (2, 4, n, 8)) for i, n in enumerate((60, 7, 7)))
-    monkeypatch.setattr(unet, "CACHED", limit)
-    monkeypatch.setattr(unet, "LOGITS", limit)
-    program = str(jax.make_jaxpr(lambda *given: unet.attend(*given))(q, k, v))
-    logits = set(re.findall(r"f32\[\d+,\d+,7\] = dot_general", program))
-    assert logits == {f"{piece} = dot_general"}
-    assert relative(unet.attend(q, k, v), plain_attention(q, k, v)) < 1e-5
-    # The form for TPUs, whose product sums the weights, too.
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, tpu, **_: tpu(*given))
-    assert relative(unet.attend(q, k, v), plain_attention(q, k, v)) < 1e-5
-
-
-@pytest.mark.parametrize("limit", [10**6, 4 * 32, 1])
-def test_pieces_of_a_gated_unit_are_the_same(monkeypatch, limit):
-    monkeypatch.setattr(unet, "CACHED", limit)
-    shapes = (2, 7, 8), (8, 32), (32,), (16, 8), (8,)
-    h, *weights = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
-    value, gate = jnp.split(h @ weights[0] + weights[1], 2, axis=-1)
-    expected = (value * jax.nn.gelu(gate, approximate=False)) @ weights[2] + weights[3]
-    assert relative(unet.gated_unit(h, *weights), expected) < 1e-5
-    program = str(jax.make_jaxpr(lambda *given: unet.gated_unit(*given))(h, *weights))
-    assert ("scan" in program) == (limit < 14 * 32)
-
-
 @pytest.mark.parametrize("name", unet.SIZES)
 def test_published_sizes(name):
     size, given = unet.SIZES[name], GIVEN[name]
@@ -444,7 +404,9 @@ def test_bfloat16_is_close(folders, standard_promotion):
     assert held == {
         name
         for name in flatten(half.params)
-        if "norm" in name or name.startswith(("time_", "conv_out"))
+        if "norm" in name
+        or name.startswith(("time_", "conv_out"))
+        or re.search("mlp_(in|out)/bias", name)  # biases are added to products in float32
     }
 
 

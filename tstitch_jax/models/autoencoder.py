@@ -10,50 +10,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tstitch_jax.models.convolution import Conv
+from tstitch_jax.models.layers import GroupNorm, Resnet, project_and_attend
 
 CHUNK_PIXELS = 256 * 256
 """Larger batches of images are coded in pieces of so many pixels (or one image), one after another,
 which bounds the memory of the wide layers at full resolution, and a TPU's compile time."""
 
 
-def _norm(x: jax.Array, groups: int, name: str) -> jax.Array:
-    """Group norm in float32, whatever the compute dtype."""
-    norm = nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32))
-
-
-class Resnet(nn.Module):
-    """Two normalised convolutions with a skip connection."""
-
-    channels: int
-    groups: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        h = nn.silu(_norm(x, self.groups, "norm1"))
-        h = Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(h)
-        h = nn.silu(_norm(h, self.groups, "norm2"))
-        h = Conv(self.channels, (3, 3), dtype=self.dtype, name="conv2")(h)
-        if x.shape[-1] != self.channels:
-            x = nn.Dense(self.channels, dtype=self.dtype, name="shortcut")(x)
-        return x + h
-
-
-class Attention(nn.Module):
-    """Self-attention over all pixels, with one head."""
+class PixelAttention(nn.Module):
+    """Self-attention over all pixels of a normalized image, with a skip connection."""
 
     groups: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        batch, height, width, channels = x.shape
-        h = _norm(x, self.groups, "norm").reshape(batch, height * width, 1, channels)
-        q, k, v = (nn.Dense(channels, dtype=self.dtype, name=n)(h) for n in ("q", "k", "v"))
-        # Its logits and softmax are float32 whatever the inputs' dtype.
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-        return x + nn.Dense(channels, dtype=self.dtype, name="out")(h)
+        h = GroupNorm(self.groups, 1e-6, name="norm")(x).reshape(len(x), -1, x.shape[-1])
+        return x + project_and_attend(h, h, 1, self.dtype, use_bias=True).reshape(x.shape)
 
 
 class Middle(nn.Module):
@@ -65,7 +38,7 @@ class Middle(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         x = Resnet(x.shape[-1], self.groups, self.dtype, name="resnet_0")(x)
-        x = Attention(self.groups, self.dtype, name="attention")(x)
+        x = PixelAttention(self.groups, self.dtype, name="attention")(x)
         return Resnet(x.shape[-1], self.groups, self.dtype, name="resnet_1")(x)
 
 
@@ -86,13 +59,13 @@ class Encoder(nn.Module):
             for j in range(self.layers):
                 x = Resnet(width, self.groups, self.dtype, name=f"level_{i}_resnet_{j}")(x)
                 if i in self.attention:
-                    x = Attention(self.groups, self.dtype, name=f"level_{i}_attention_{j}")(x)
+                    x = PixelAttention(self.groups, self.dtype, name=f"level_{i}_attention_{j}")(x)
             if i + 1 < len(self.widths):
                 # The published networks pad at the bottom and on the right only.
                 pad = ((0, 1), (0, 1))
                 x = Conv(width, (3, 3), 2, pad, dtype=self.dtype, name=f"level_{i}_down")(x)
         x = Middle(self.groups, self.dtype, name="middle")(x)
-        x = nn.silu(_norm(x, self.groups, "norm_out"))
+        x = nn.silu(GroupNorm(self.groups, 1e-6, name="norm_out")(x))
         return Conv(self.out, (3, 3), name="conv_out")(x)
 
 
@@ -115,11 +88,11 @@ class Decoder(nn.Module):
             for j in range(self.layers + 1):
                 x = Resnet(width, self.groups, self.dtype, name=f"level_{i}_resnet_{j}")(x)
                 if i in self.attention:
-                    x = Attention(self.groups, self.dtype, name=f"level_{i}_attention_{j}")(x)
+                    x = PixelAttention(self.groups, self.dtype, name=f"level_{i}_attention_{j}")(x)
             if i:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = Conv(width, (3, 3), dtype=self.dtype, name=f"level_{i}_up")(x)
-        x = nn.silu(_norm(x, self.groups, "norm_out"))
+        x = nn.silu(GroupNorm(self.groups, 1e-6, name="norm_out")(x))
         return Conv(self.out, (3, 3), name="conv_out")(x)
 
 

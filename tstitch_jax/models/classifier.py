@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tstitch_jax.models.autoencoder import Resnet
+from tstitch_jax.models.layers import GroupNorm, Resnet
 from tstitch_jax.models.types import Features
 
 
@@ -63,6 +63,5 @@ class Classifier(nn.Module):
             x = nn.Conv(width, (3, 3), 2, dtype=self.dtype, name=f"level_{i}_down")(x)
             for j in range(blocks):
                 x = Resnet(width, self.groups, self.dtype, name=f"level_{i}_resnet_{j}")(x)
-        norm = nn.GroupNorm(self.groups, epsilon=1e-6, use_fast_variance=False, name="norm_out")
-        pool = nn.silu(norm(x.astype(jnp.float32))).mean((1, 2))
+        pool = nn.silu(GroupNorm(self.groups, 1e-6, name="norm_out")(x)).mean((1, 2))
         return Features(pool, nn.Dense(self.num_classes, name="logits")(pool))

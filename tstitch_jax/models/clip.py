@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
+from tstitch_jax.models.layers import SelfAttention, feed_forward, layer_norm
 from tstitch_jax.models.types import Features
 
 TOKENS = 77
@@ -32,12 +32,6 @@ ACTIVATIONS = {
 _normal = nn.initializers.normal(0.02)
 
 
-def _norm(x: jax.Array, name: str) -> jax.Array:
-    """Layer norm in float32, whatever the compute dtype."""
-    norm = nn.LayerNorm(1e-5, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32))
-
-
 class Block(nn.Module):
     """One transformer block, normalised before attention and MLP."""
 
@@ -49,23 +43,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        batch, tokens, width = x.shape
-
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, kernel_init=_normal, name=name)
-
-        h = dense(3 * width, "qkv")(_norm(x, "norm1"))
-        heads = (batch, tokens, self.num_heads, width // self.num_heads)
-        q, k, v = (part.reshape(heads) for part in jnp.split(h, 3, axis=-1))
-        logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
-        if self.causal:
-            logits = jnp.where(np.tri(tokens, dtype=bool), logits, -jnp.inf)
-        # Softmax in float32, whatever the compute dtype.
-        weights = nn.softmax(logits / math.sqrt(heads[-1])).astype(self.dtype)
-        h = jnp.einsum("bhnm,bmhd->bnhd", weights, v).reshape(x.shape)
-        x = x + dense(width, "attention_out")(h)
-        h = ACTIVATIONS[self.activation](dense(self.mlp_width, "mlp_in")(_norm(x, "norm2")))
-        return x + dense(width, "mlp_out")(h)
+        width = x.shape[-1]
+        h = SelfAttention(self.num_heads, self.dtype, _normal, self.causal, name="qkv")(
+            layer_norm(x, "norm1")
+        )
+        out = nn.Dense(width, dtype=self.dtype, kernel_init=_normal, name="attention_out")
+        x = x + out(h)
+        h = feed_forward(
+            layer_norm(x, "norm2"), self.mlp_width, ACTIVATIONS[self.activation], self.dtype,
+            kernel_init=_normal,
+        )  # fmt: skip
+        return x + h.astype(self.dtype)
 
 
 def _check_size(module: Any, names: tuple[str, ...]) -> None:
@@ -133,7 +121,7 @@ class TextTower(nn.Module):
             )(h)  # fmt: skip
             # Blocks after it keep their parameters; jit leaves their work out.
             found = h if i + 1 == self.depth - self.skip else found
-        return _norm(found, "norm_out")
+        return layer_norm(found, "norm_out")
 
 
 class ImageTower(nn.Module):
@@ -174,13 +162,13 @@ class ImageTower(nn.Module):
         whole = jnp.asarray(self.param("whole", _normal, (self.width,)), self.dtype)
         h = jnp.concatenate([jnp.broadcast_to(whole, (batch, 1, self.width)), h], axis=1)
         places = self.param("positions", _normal, (n * n + 1, self.width))
-        h = _norm(h + jnp.asarray(places, self.dtype), "norm_in").astype(self.dtype)
+        h = layer_norm(h + jnp.asarray(places, self.dtype), "norm_in").astype(self.dtype)
         for i in range(self.depth):
             h = Block(
                 self.num_heads, self.mlp_width, self.activation, False, self.dtype,
                 name=f"block_{i}",
             )(h)  # fmt: skip
-        return _norm(h[:, 0], "norm_out")
+        return layer_norm(h[:, 0], "norm_out")
 
 
 def _cubic(old: int, new: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Convolutions of 3 x 3 in the form that a platform is quickest at."""
+"""Convolutions in the form that is fastest on a platform."""
 
 from __future__ import annotations
 
@@ -41,29 +41,33 @@ def convolve(
     stride: int = 1,
     padding: Any = "SAME",
 ) -> Float[Array, "b k l d"]:
-    """``lax.conv_general_dilated``, or the same in an order of sums that is quicker.
+    """``lax.conv_general_dilated``, or the same sums in an order that is faster on a platform.
 
-    Convolutions of 3 x 3 with many channels become products: on CPUs, in float32, of the pixels'
-    surroundings where there are few pixels, else by Winograd's minimal filtering (``winograd``); on
-    TPUs, of few rows, one product for each place of the kernel (``shifted``).
+    Convolutions of 3 x 3 with many channels become products. On CPUs, in float32: one of the
+    pixels' surroundings if there are few pixels, else those of Winograd's minimal filtering
+    (``winograd``). On TPUs, with few images: one for each place of the kernel (``shifted``).
+    Without padding, CPUs multiply once for each row of the kernel (``rows_of_products``).
     """
+    if (*kernel.shape[:2], stride) == (1, 1, 1):
+        return x @ kernel[0, 0]
     direct = functools.partial(
         jax.lax.conv_general_dilated,
         window_strides=(stride, stride),
         padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    if not _is_wide(kernel.shape, stride, padding):
-        return direct(x, kernel)
     forms: dict[str, Any] = {}
     batch, height, width, _ = x.shape
-    if x.dtype == jnp.float32:
-        if batch * height * width <= ROWS:
-            forms["cpu"] = surroundings
-        elif _fits_winograd(x.shape, kernel.shape):
-            forms["cpu"] = lambda x, kernel: winograd(x, winograd_kernels(kernel))
-    if batch in IMAGES:
-        forms["tpu"] = shifted
+    if padding == "VALID":
+        forms["cpu"] = functools.partial(rows_of_products, stride=stride)
+    elif _is_wide(kernel.shape, stride, padding):
+        if x.dtype == jnp.float32:
+            if batch * height * width <= ROWS:
+                forms["cpu"] = surroundings
+            elif _fits_winograd(x.shape, kernel.shape):
+                forms["cpu"] = lambda x, kernel: winograd(x, winograd_kernels(kernel))
+        if batch in IMAGES:
+            forms["tpu"] = shifted
     if not forms:
         return direct(x, kernel)
     return jax.lax.platform_dependent(x, kernel, **forms, default=direct)
@@ -122,6 +126,20 @@ def forms_of(params: Params, wanted: Any) -> Any:
 
 def _bordered(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def rows_of_products(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "i j c d"], stride: int
+) -> Float[Array, "b k l d"]:
+    """The convolution without padding, as one product for each row of the kernel."""
+    rows, columns = kernel.shape[:2]
+    height, width = (x.shape[1] - rows) // stride + 1, (x.shape[2] - columns) // stride + 1
+    last = (width - 1) * stride + 1
+    beside = jnp.concatenate([x[:, :, j : j + last : stride] for j in range(columns)], axis=-1)
+    last = (height - 1) * stride + 1
+    flat = kernel.reshape(rows, -1, kernel.shape[3])
+    terms = [beside[:, i : i + last : stride] @ flat[i] for i in range(rows)]
+    return sum(terms[1:], terms[0])
 
 
 def surroundings(

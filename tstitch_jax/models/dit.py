@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from tstitch_jax.models.layers import (
+    LOGITS,
+    Dense,
+    SelfAttention,
+    embed,
+    feed_forward,
+    modulate,
+    time_code,
+)
 
 SIZES = {
     "s": dict(width=384, depth=12, num_heads=6),
@@ -28,46 +36,13 @@ FREQUENCIES = 256
 VARIANTS = ("dit", "sit", "diffusers")
 """What of the published programs the parameters do not show; see ``DiT.variant``."""
 
-LOGITS = 2**24
-"""Attention of more logits than this goes in groups of heads, so that those of a group stay in a
-TPU's fast memory."""
-
 TOKENS_BY_WIDTH = 4096 * 1152
 """Activations of a layer above which a batch is better sampled from in pieces, for the same sake;
 see ``DiT.rows``."""
 
-product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-"""Products are float32, and cast after their bias and nonlinearity: TPUs accumulate so anyway, and
-CPUs multiply in bfloat16 only for such a result."""
-
 _xavier = nn.initializers.xavier_uniform()
 _normal = nn.initializers.normal(0.02)
 _zeros = nn.initializers.zeros
-
-
-def _operands(*args: Any, dtype: Any = None, inexact: bool = True) -> list[jax.Array | None]:
-    x, kernel, bias = args
-    return [jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), jnp.asarray(bias, jnp.float32)]
-
-
-Dense = functools.partial(nn.Dense, dot_general=product, promote_dtype=_operands)
-"""A dense layer that multiplies in its dtype and returns float32."""
-
-
-def time_code(
-    time: Float[Array, " b"], shift: int = 0, length: int = FREQUENCIES
-) -> Float[Array, "b f"]:
-    """Sinusoidal code of the time, cosines first, with periods from 2 pi to 20,000 pi; float32.
-
-    With a shift of 1 the last period is exactly 20,000 pi, else the one after the last would be.
-    """
-    half = length // 2
-    # A time of 1000 turns the last bit of a rate into 1e-4 of an angle: rounded as the published
-    # programs round, and on the host, since not every device has an exact exp.
-    exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32)
-    rates = np.exp((exponents / np.float32(half - shift)).astype(np.float64)).astype(np.float32)
-    angles = time.astype(jnp.float32)[:, None] * rates
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def position_code(height: int, width: int, channels: int) -> np.ndarray:
@@ -87,87 +62,6 @@ def position_code(height: int, width: int, channels: int) -> np.ndarray:
     angles = np.stack([columns.ravel(), rows.ravel()], axis=1)[:, :, None] * rates
     code = np.concatenate([np.sin(angles), np.cos(angles)], axis=2)
     return code.reshape(height * width, channels).astype(np.float32)
-
-
-def modulate(
-    x: Float[Array, "b n d"],
-    shift: Float[Array, "b d"],
-    scale: Float[Array, "b d"],
-    dtype: Any,
-    epsilon: float = 1e-6,
-) -> Float[Array, "b n d"]:
-    """Layer norm (statistics in float32) with a shift and scale per image."""
-    x, shift, scale = (a.astype(jnp.float32) for a in (x, shift[:, None], scale[:, None]))
-    x = nn.LayerNorm(epsilon, use_bias=False, use_scale=False)(x)
-    return (x * (1 + scale) + shift).astype(dtype)
-
-
-class Attention(nn.Module):
-    """Self-attention up to its output projection; the parameters are those of q, k and v."""
-
-    num_heads: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        batch, tokens, width = x.shape
-        kernel = jnp.asarray(self.param("kernel", _xavier, (width, 3 * width)), self.dtype)
-        bias = jnp.asarray(self.param("bias", _zeros, (3 * width,)), jnp.float32)
-        logits = batch * self.num_heads * tokens**2
-        divisors = (g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0)
-        groups = next((g for g in divisors if logits // g <= LOGITS), self.num_heads)
-        size, heads = width // groups, self.num_heads // groups
-
-        def weigh(logits: Float[Array, "*b n m"]) -> Float[Array, "*b n m"]:
-            # Softmax in float32, whatever the compute dtype.
-            return nn.softmax(logits / math.sqrt(size // heads)).astype(self.dtype)
-
-        def multiply(form: str, x: jax.Array, y: jax.Array) -> jax.Array:
-            return jnp.einsum(form, x, y, preferred_element_type=jnp.float32)
-
-        # With features before tokens, heads whose width is no multiple of 128 need no padding. TPUs
-        # read a part of the kernel where it lies, but would copy parts of a product.
-        def features_first(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-            def project(kernel: jax.Array, bias: jax.Array) -> Float[Array, "b h d n"]:
-                h = multiply("bnd,df->bfn", x, kernel) + bias[:, None]
-                return h.astype(self.dtype).reshape(batch, heads, -1, tokens)
-
-            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> Float[Array, "b f n"]:
-                weights = weigh(multiply("bhdn,bhdm->bhnm", q, k))
-                h = multiply("bhnm,bhdm->bhdn", weights, v)
-                return h.astype(self.dtype).reshape(batch, size, tokens)
-
-            parts = jnp.split(kernel, 3 * groups, axis=1), jnp.split(bias, 3 * groups)
-            qkv = [project(*part) for part in zip(*parts, strict=True)]
-            h = jnp.concatenate([attend(*qkv[i::groups]) for i in range(groups)], axis=1)
-            return h.swapaxes(1, 2)
-
-        # CPUs multiply in bfloat16 only matrices as they are written, and of one batch axis. Others
-        # keep the heads apart, over which a mesh may spread them (CPUs then gather them).
-        def tokens_first(
-            x: jax.Array, kernel: jax.Array, bias: jax.Array, axes: tuple[int, ...]
-        ) -> jax.Array:
-            h = (multiply("bnd,df->bnf", x, kernel) + bias).astype(self.dtype)
-
-            def attend(*parts: jax.Array) -> Float[Array, "b n f"]:
-                q, k, v = (part.reshape(batch, tokens, heads, -1) for part in parts)
-                q, v = (h.swapaxes(1, 2).reshape(*axes, tokens, -1) for h in (q, v))
-                k = k.transpose(0, 2, 3, 1).reshape(*axes, -1, tokens)
-                h = multiply("...nm,...md->...nd", weigh(multiply("...nd,...dm->...nm", q, k)), v)
-                h = h.astype(self.dtype).reshape(batch, heads, tokens, -1)
-                return h.swapaxes(1, 2).reshape(batch, tokens, size)
-
-            qkv = jnp.split(h, 3 * groups, axis=2)
-            return jnp.concatenate([attend(*qkv[i::groups]) for i in range(groups)], axis=2)
-
-        return jax.lax.platform_dependent(
-            x,
-            kernel,
-            bias,
-            tpu=features_first,
-            cpu=functools.partial(tokens_first, axes=(batch * heads,)),
-            default=functools.partial(tokens_first, axes=(batch, heads)),
-        )
 
 
 class Block(nn.Module):
@@ -192,12 +86,12 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada, 6, axis=-1)
 
         h = modulate(x, shift1, scale1, self.dtype)
-        h = Attention(self.num_heads, self.dtype, name="qkv")(h)
+        h = SelfAttention(self.num_heads, self.dtype, _xavier, name="qkv")(h)
         x = add(x, gate1, dense(width, "attention_out")(h))
 
         h = modulate(x, shift2, scale2, self.dtype, self.mlp_epsilon)
-        h = nn.gelu(dense(round(self.mlp_ratio * width), "mlp_in")(h), approximate=True)
-        return add(x, gate2, dense(width, "mlp_out")(h))
+        hidden = round(self.mlp_ratio * width)
+        return add(x, gate2, feed_forward(h, hidden, nn.gelu, self.dtype, kernel_init=_xavier))
 
 
 class DiT(nn.Module):
@@ -274,18 +168,17 @@ class DiT(nn.Module):
         h = (h + position_code(rows, columns, self.width)).astype(self.dtype)
 
         foreign = self.variant == "diffusers"
-        code = time_code(1 - time if self.variant == "sit" else time, int(foreign))
+        code = time_code(1 - time if self.variant == "sit" else time, FREQUENCIES, int(foreign))
 
-        def embed(prefix: str) -> jax.Array:
-            c = nn.Dense(self.width, kernel_init=_normal, name=f"{prefix}time_in")(code)
-            c = nn.Dense(self.width, kernel_init=_normal, name=f"{prefix}time_out")(nn.silu(c))
+        def condition(prefix: str) -> jax.Array:
+            c = embed(code, self.width, f"{prefix}time", _normal)
             # The published programs keep this table in float32 too.
             return c + nn.Embed(
                 self.num_classes + 1, self.width, embedding_init=_normal, name=f"{prefix}labels"
             )(labels)
 
         size = (self.num_heads, self.mlp_ratio, self.dtype, 1e-5 if foreign else 1e-6)
-        cs = [embed(f"block_{i}_") for i in range(self.depth)] if foreign else [embed("")]
+        cs = [condition(f"block_{i}_") for i in range(self.depth)] if foreign else [condition("")]
         c = cs[0]
         for i in range(self.depth):
             h = Block(*size, name=f"block_{i}")(h, cs[i] if foreign else c)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tstitch_jax.models.convolution import convolve
 from tstitch_jax.models.types import Features
 
 SIDE = 299
@@ -42,34 +43,6 @@ def resize(pixels: Float[Array, "b h w c"], height: int, width: int) -> Float[Ar
         second = jnp.take(pixels, np.minimum(low + 1, old - 1), axis=axis)
         pixels = first + (second - first) * share
     return pixels
-
-
-def convolve(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "i j c d"], stride: int, padding: str
-) -> Float[Array, "b k l d"]:
-    """A convolution, ``"SAME"`` or ``"VALID"``, in the form that a platform is quickest at."""
-
-    def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    def products(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        rows, columns = kernel.shape[:2]
-        height, width = (x.shape[1] - rows) // stride + 1, (x.shape[2] - columns) // stride + 1
-        last = (width - 1) * stride + 1
-        beside = jnp.concatenate([x[:, :, j : j + last : stride] for j in range(columns)], axis=-1)
-        last = (height - 1) * stride + 1
-        flat = kernel.reshape(rows, -1, kernel.shape[3])
-        terms = [beside[:, i : i + last : stride] @ flat[i] for i in range(rows)]
-        return sum(terms[1:], terms[0])
-
-    if kernel.shape[:2] == (1, 1):
-        return x @ kernel[0, 0]
-    if padding == "SAME":
-        return direct(x, kernel)
-    # On CPUs one product per row of the kernel takes half to three quarters of the time.
-    return jax.lax.platform_dependent(x, kernel, cpu=products, default=direct)
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
