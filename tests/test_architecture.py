@@ -59,9 +59,9 @@ def test_imports_run_one_way(path):
 def test_solvers_stitching_and_the_loop_do_not_know_each_other():
     core = PACKAGE / "core"
     for files, others in (
-        (core.glob("solvers/*.py"), {"stitch", "loop", "guidance", "plan"}),
-        ([core / "stitch.py"], {"solvers", "loop"}),
-        ([core / "loop.py"], {"solvers", "stitch", "guidance", "plan"}),
+        (core.glob("solvers/*.py"), {"denoisers", "loop", "guidance", "plan"}),
+        ([core / "denoisers.py", core / "guidance.py"], {"solvers", "loop"}),
+        ([core / "loop.py"], {"solvers", "guidance", "plan"}),
     ):
         for path in files:
             known = {name.split(".")[2] for name in imports(path) if "tstitch_jax." in name}
@@ -76,9 +76,9 @@ def test_one_scan_and_one_place_that_branches():
                     yield "/".join(path.relative_to(ROOT).with_suffix("").parts[1:3])
 
     assert list(users("scan", "while_loop", "fori_loop")) == ["core/loop"]
-    assert set(users("switch")) == {"core/stitch"}
+    assert set(users("switch")) == {"core/denoisers"}
     # Two of the solvers leave an evaluation out; networks are chosen in one place.
-    assert set(users("cond")) == {"core/stitch", "core/solvers"}
+    assert set(users("cond")) == {"core/denoisers", "core/solvers"}
 
 
 def test_import_is_light():

@@ -111,7 +111,7 @@ def test_convert_and_sample(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     status, _, err = run(capsys, *arguments, "--autoencoder", "small")
     assert status == 2
-    assert "small is no autoencoder" in err
+    assert "Network('small', dit, 51,168 parameters) is not an autoencoder" in err
     status, _, err = run(capsys, "sample", "--networks", "vae")
     assert status == 2
     assert "vae is an autoencoder, not a denoiser" in err
@@ -292,7 +292,7 @@ def test_a_damaged_folder(capsys, tmp_path, folders):
 
 CONFIG = """
 from tstitch_jax.training import TrainConfig
-from tstitch_jax.types import Card
+from tstitch_jax.models.cards import Card
 
 config = TrainConfig(
     card=Card(

@@ -577,7 +577,10 @@ def test_the_command_makes_and_takes_statistics(garments, capsys):
         ("evaluate samples real.npz:x_test --features fashion --out real.npz/a", "cannot write"),
         ("evaluate samples real.npz:x_test --features fashion --batch 0", "at least 1"),
         ("evaluate samples real.npz:x_test --features fashion --num 21", "fewer than the 21"),
-        ("sample --networks fashion-features --out a.png", "is not a denoiser: its architecture"),
+        (
+            "sample --networks fashion-features --out a.png",
+            "is not a denoiser but classifier",
+        ),
     ],
 )
 def test_bad_input_is_one_line(garments, capsys, command, message):

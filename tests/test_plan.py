@@ -4,6 +4,8 @@ import contextlib
 import json
 from fractions import Fraction
 
+import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -347,3 +349,14 @@ def test_many_runs_are_told_by_their_counts():
     assert plan.describe(["a", "b"], most=4) == "a x 3, b x 6 in 6 runs"
     assert plan.describe(["a", "b"], most=6) == plan.describe(["a", "b"])
     assert plan.describe(most=1) == "0 x 3, 1 x 6 in 6 runs"
+
+
+def test_a_plan_shows_itself():
+    plan = Plan.from_counts([8, 12])
+    assert repr(plan) == "Plan(0 x 8, 1 x 12)"
+    assert len(repr(Plan.from_list([0, 1] * 500, 2))) < 80
+    html = plan._repr_html_()
+    assert html.count("<div") == html.count("</div>") == 3
+    assert "flex:8" in html
+    assert "0 x 12" not in html
+    assert "2 networks" in repr(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan)))

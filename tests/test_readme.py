@@ -9,13 +9,16 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 import tarfile
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from helpers import GOLDEN, Labelled, random_params, tiny_network
+from safetensors.numpy import save_file
 
 import tstitch_jax as ts
 from checkpoints_convert import convert
@@ -23,6 +26,7 @@ from tstitch_jax import cli
 from tstitch_jax.core.types import Leaf
 from tstitch_jax.hub import resolve
 from tstitch_jax.models import store
+from tstitch_jax.models.families import FAMILIES
 from tstitch_jax.sampling.checks import check_networks
 from tstitch_jax.training import train
 
@@ -249,6 +253,27 @@ def test_fetching_the_data_divided_as_for_the_embedded_networks(tmp_path):
         np.testing.assert_array_equal(found["x_test"], np.concatenate(expected[:, 3:]))
         np.testing.assert_array_equal(found["y_train"], np.repeat(np.arange(10), 3))
         np.testing.assert_array_equal(found["y_test"], np.repeat(np.arange(10), 2))
+
+
+def test_the_page_of_families(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "my_package", types.ModuleType("my_package"))
+    try:
+        names = run("family")
+        assert names["images"].shape == (2, 28, 28, 1)
+        shapes = {"mlp.0": (64, 784), "mlp.2": (784, 64)}
+        state = {f"{k}.weight": np.ones(s, np.float32) for k, s in shapes.items()}
+        state |= {f"{k}.bias": np.ones(s[0], np.float32) for k, s in shapes.items()}
+        state["classes.weight"] = np.ones((11, 64), np.float32)
+        sys.modules["my_package"].LAYOUTS = names["LAYOUTS"]
+        del FAMILIES["mixer"]
+        ts.register(
+            ts.Family(name="mixer", module="my_package:Mixer", layouts="my_package:LAYOUTS")
+        )
+        save_file(state, "mixer.safetensors")
+        assert convert("mixer.safetensors", "networks/converted").config == {"width": 64}
+    finally:
+        FAMILIES.pop("mixer", None)
 
 
 def test_the_page_of_solvers(one_network, monkeypatch, capsys):

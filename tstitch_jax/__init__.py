@@ -2,7 +2,7 @@
 
 import lazy_loader
 
-__version__ = "0.12.3"
+__version__ = "0.13.0"
 
 # ``__init__.pyi`` lists the public names and where each one is.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

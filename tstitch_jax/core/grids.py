@@ -194,6 +194,7 @@ def make_knots(
         ValueError: If the schedule is none, the spacing is unknown or takes no such steps, the
             times do not fall, or the schedule's noise level is infinite where the spacing needs it.
 
+    >>> from tstitch_jax.core.schedules import make_schedule
     >>> knots = make_knots(make_schedule("linear"), 4, "trailing")
     >>> [float(t) for t in knots.time]
     [999.0, 749.0, 499.0, 249.0, 0.0]
@@ -248,6 +249,7 @@ def match_snr(knots: Knots, schedule: Schedule) -> Knots:
     Returns:
         Knots for ``at_equal_snr``.
 
+    >>> from tstitch_jax.core.schedules import make_schedule
     >>> flow, linear = make_schedule("flow"), make_schedule("linear")
     >>> seen = match_snr(make_knots(linear, 4), flow)
     >>> [round(float(t), 3) for t in seen.time]

@@ -93,7 +93,8 @@ class Guided(Wrapper):
     def _guided(self, x: jax.Array, knot: Knots, cond: Condition, scale: jax.Array) -> Prediction:
         chosen = _channels(self.channels, x)
 
-        def pair(given: jax.Array, null: jax.Array) -> jax.Array:
+        def pair(given: ArrayLike, null: ArrayLike) -> jax.Array:
+            given, null = jnp.asarray(given), jnp.asarray(null)
             return jnp.stack([given, null], axis=1).reshape(-1, *given.shape[1:])
 
         def half(both: jax.Array, which: int) -> jax.Array:

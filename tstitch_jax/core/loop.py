@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
@@ -20,7 +21,7 @@ _STARTS, _ENDS = slice(None, -1), slice(1, None)
 """Slices that select each step's start and end knot."""
 
 
-def image_keys(key: Key, indices: Int[Array, " b"]) -> jax.Array:
+def image_keys(key: Key, indices: Int[Array | np.ndarray, " b"]) -> jax.Array:
     """A key per image, by its global index alone: batch size and device count do not matter."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
 
@@ -161,8 +162,9 @@ def iterate(
     The step is compiled once for denoisers and solvers of one structure. Takes the arguments of
     ``run`` and raises the same errors; returns an iterator over the N steps.
 
-    >>> from tstitch_jax.schedules import make_knots, make_schedule
-    >>> from tstitch_jax.solvers import ddim
+    >>> from tstitch_jax.core.grids import make_knots
+    >>> from tstitch_jax.core.schedules import make_schedule
+    >>> from tstitch_jax.core.solvers import ddim
     >>> def zeros(x, knot, cond):
     ...     return Prediction(jnp.zeros_like(x), x / knot.sigma)
     >>> knots = make_knots(make_schedule("linear"), 3)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from tstitch_jax.core.checks import as_array, check_number, check_whole, is_list, is_whole, shown
 from tstitch_jax.core.files import write_text
-from tstitch_jax.core.types import Knots, Leaf, Schedule, static
+from tstitch_jax.core.types import Knots, Leaf, Schedule, record, static
 
 TOLERANCE = 1e-6
 """Of what is compared with knots, which are float32: 0.1 + 0.2 is 0.3 here."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colors, which color-blind readers can tell apart, without yellow."""
+
+
+@record
 class Plan:
     """Which network takes each step. Data, not code: one executable runs every plan of its length.
 
@@ -102,7 +103,8 @@ class Plan:
         Raises:
             ValueError: If the fractions are not as said.
 
-        >>> from tstitch_jax.schedules import make_knots, make_schedule
+        >>> from tstitch_jax.core.grids import make_knots
+        >>> from tstitch_jax.core.schedules import make_schedule
         >>> schedule = make_schedule("linear")
         >>> knots = make_knots(schedule, 20)
         >>> Plan.from_fractions([0.4, 0.6], knots, schedule).describe()
@@ -270,6 +272,20 @@ class Plan:
         said = enumerate(self.counts()) if many else runs
         text = ", ".join(f"{names[k] if names else k} x {n}" for k, n in said)
         return f"{text} in {len(runs)} runs" if many else text
+
+    def __repr__(self) -> str:
+        traced = not isinstance(self.networks, np.ndarray)
+        return f"Plan({f'{self.num_networks} networks' if traced else self.describe(most=8)})"
+
+    def _repr_html_(self) -> str:
+        """The plan as a colored bar, for notebooks."""
+        parts = "".join(
+            f'<div title="network {k}: {n} steps" style="flex:{n};background:'
+            f'{COLORS[k % len(COLORS)]};color:white;text-align:center;overflow:hidden">'
+            f"{k} x {n}</div>"
+            for k, n in self.runs()
+        )
+        return f'<div style="display:flex;max-width:40em;font:13px sans-serif">{parts}</div>'
 
     def cost(self, per_step: Sequence[float | int] | np.ndarray) -> float:
         """Total of a cost per step and network: seconds as measured, or a card's multiply-adds.

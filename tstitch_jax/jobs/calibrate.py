@@ -76,7 +76,7 @@ class Choice(NamedTuple):
     speedup: float
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
     """What ``calibrate`` found: a plan, and why.
 
@@ -109,7 +109,11 @@ class Calibration:
     costs: np.ndarray
     warnings: tuple[str, ...]
     settings: dict[str, Any]
-    _gram: np.ndarray = dataclasses.field(repr=False)
+    _gram: np.ndarray
+
+    def __repr__(self) -> str:
+        plan = self.plan.describe(self.names, most=4)
+        return f"Calibration({plan}; damage {self.damage:.2%}, {self.speedup:.2f}x faster)"
 
     @property
     def plan(self) -> Plan:

@@ -266,19 +266,35 @@ class SelfAttention(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (3 * width,))
         kernel, bias = jnp.asarray(kernel, self.dtype), jnp.asarray(bias, jnp.float32)
 
-        def at_once(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
-            return jnp.split((_matmul(x, kernel) + bias).astype(self.dtype), 3, axis=-1)
+        def heads(h: jax.Array, count: int) -> Float[Array, "b n h d"]:
+            return h.astype(self.dtype).reshape(*h.shape[:2], count, -1)
 
-        # TPUs read a part of the kernel where it lies, but would copy parts of a product.
-        def apart(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
-            parts = zip(jnp.split(kernel, 3, axis=1), jnp.split(bias, 3), strict=True)
-            return [(_matmul(x, k) + b).astype(self.dtype) for k, b in parts]
+        def at_once(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+            qkv = jnp.split(_matmul(x, kernel) + bias, 3, axis=-1)
+            q, k, v = (heads(h, self.num_heads) for h in qkv)
+            return attend(q, k, v, self.causal).reshape(x.shape)
 
-        qkv = jax.lax.platform_dependent(
-            x.astype(self.dtype), kernel, bias, tpu=apart, default=at_once
+        # TPUs read a part of the kernel where it lies, but would copy parts of a product. So each
+        # group of heads has products of its own, with features before tokens, where heads whose
+        # width is no multiple of 128 need no padding.
+        def on_tpu(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+            groups = _parts(self.num_heads, x.shape[0] * x.shape[1] ** 2, LOGITS)
+            count = self.num_heads // groups
+
+            def project(kernel: jax.Array, bias: jax.Array) -> Float[Array, "b n h d"]:
+                h = jnp.einsum("bnd,df->bfn", x, kernel, preferred_element_type=jnp.float32)
+                h = (h + bias[:, None]).astype(self.dtype)
+                return h.reshape(len(x), count, -1, x.shape[1]).transpose(0, 3, 1, 2)
+
+            parts = jnp.split(kernel, 3 * groups, axis=1), jnp.split(bias, 3 * groups)
+            qkv = [project(*part) for part in zip(*parts, strict=True)]
+            results = [attend(*qkv[g::groups], causal=self.causal) for g in range(groups)]
+            features = [h.transpose(0, 2, 3, 1).reshape(len(x), -1, x.shape[1]) for h in results]
+            return jnp.concatenate(features, axis=1).swapaxes(1, 2)
+
+        return jax.lax.platform_dependent(
+            x.astype(self.dtype), kernel, bias, tpu=on_tpu, default=at_once
         )
-        q, k, v = (h.reshape(*x.shape[:2], self.num_heads, -1) for h in qkv)
-        return attend(q, k, v, self.causal).reshape(x.shape)
 
 
 # Feed-forward layers and residual blocks

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tstitch_jax.core.files import whole_file
+from tstitch_jax.core.plan import COLORS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,11 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe & Ito's, which the colour-blind tell apart, less the yellow, too faint on white."""
-
 MARKERS = "osD^vP*X"
-"""One more than there are colours, so that 56 series each have a pair of their own."""
+"""One more than there are colors, so that 56 series each have a pair of their own."""
 
 LINES = ("-", "--", ":", "-.")
 """Of joined series; the next one, each time that the colours begin anew."""
@@ -75,9 +73,9 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def _draw(axes: Axes, lines: Sequence[Line], *, joined: bool) -> None:
-    styles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+    styles = zip(itertools.cycle(COLORS), itertools.cycle(MARKERS), strict=False)
     for i, (line, (colour, marker)) in enumerate(zip(lines, styles, strict=False)):
-        turn = i // len(COLOURS)
+        turn = i // len(COLORS)
         x: Any = list(line.x)  # names too, which Matplotlib's types leave out
         axes.errorbar(
             x, line.y, line.errors if any(line.errors) else None, label=line.name, color=colour,
@@ -211,7 +209,7 @@ def calibration(
     _style(right, "speed-up", "predicted damage")
     steps = range(steps_alone.shape[1])
     for name, values, colour, marker in zip(
-        names, steps_alone, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False
+        names, steps_alone, itertools.cycle(COLORS), itertools.cycle(MARKERS), strict=False
     ):
         left.plot(steps, values, label=name, color=colour, marker=marker, linewidth=2.2)
     left.plot(steps, linear, label="a linear filter", color="#888888", linestyle="--", linewidth=2)
@@ -220,11 +218,11 @@ def calibration(
     left.legend(fontsize=14, frameon=False)
     right.plot(speedups, damages, color="#444444", marker="o", markersize=5, linewidth=1.6)
     right.plot(
-        speedups[chosen], damages[chosen], color=COLOURS[1], marker="*", markersize=22,
+        speedups[chosen], damages[chosen], color=COLORS[1], marker="*", markersize=22,
         linestyle="none", label="chosen",
     )  # fmt: skip
     if tolerance is not None:
-        right.axhline(tolerance, color=COLOURS[0], linestyle=":", linewidth=2, label="tolerated")
+        right.axhline(tolerance, color=COLORS[0], linestyle=":", linewidth=2, label="tolerated")
     right.legend(fontsize=14, frameon=False)
     if max(speedups) > _LOG:
         _log_axis(right)

@@ -105,7 +105,9 @@ def check_autoencoder(network: Network, autoencoder: Autoencoder | None) -> None
     """Raises ValueError unless what the network makes can be turned into images."""
     card = network.card
     if autoencoder is not None and not isinstance(autoencoder, Autoencoder):
-        raise ValueError(f"{shown(autoencoder)} is no autoencoder; give one, as ts.load returns it")
+        raise ValueError(
+            f"{shown(autoencoder)} is not an autoencoder; give a name or what ts.load returns"
+        )
     if autoencoder is None:
         if card.autoencoder or card.image_shape[2] not in (1, 3):
             name = card.autoencoder or "sd-vae-ft-ema"

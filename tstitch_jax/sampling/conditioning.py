@@ -19,8 +19,8 @@ def _per_network(name: str, value: Any, count: int, single: bool) -> list[Any]:
         return [value] * count
     if len(value) != count:
         raise ValueError(
-            f"give one {name} for all networks that take it, or a list with one for each of the "
-            f"{count}, got {len(value)}"
+            f"{name} must be given once for all networks that take it, or as a list with one entry "
+            f"for each of the {count}, got {len(value)}"
         )
     return list(value)
 
