@@ -114,7 +114,7 @@ def test_convert_and_sample(tmp_path, capsys, monkeypatch):
     assert "Network('small', dit, 51,168 parameters) is not an autoencoder" in err
     status, _, err = run(capsys, "sample", "--networks", "vae")
     assert status == 2
-    assert "vae is an autoencoder, not a denoiser" in err
+    assert "vae is not a denoiser but autoencoder; give it as autoencoder" in err
 
 
 @pytest.mark.parametrize(

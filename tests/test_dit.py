@@ -159,9 +159,10 @@ def test_products_of_bfloat16_are_float32():
     found = collections.Counter(products(jax.make_jaxpr(module.apply)(
         {"params": params}, *module.inputs(2)
     ).jaxpr))  # fmt: skip
-    # In a block: the modulation; q, k and v, at once and (on TPUs) apart; two products of attention
-    # and two of the MLP in each form for a platform; the output of attention. And the patches.
-    in_block = 1 + (1 + 3) + 3 * 2 + 2 * 2 + 1
+    # In a block: the modulation; q, k and v, at once and (on TPUs) apart, each followed by two
+    # products of attention in three forms; two of the MLP in two; the output of attention. And the
+    # patches.
+    in_block = 1 + (1 + 3 * 2) + (3 + 3 * 2) + 2 * 2 + 1
     assert found["bfloat16", "bfloat16", "float32"] == module.depth * in_block + 1
     # The time's two layers, the last modulation and the last layer.
     assert found == found & collections.Counter(

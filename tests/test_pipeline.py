@@ -358,7 +358,10 @@ BAD = [
         r"b makes latents of 4 channels, .*; give autoencoder=ts.load\('sd-vae-ft-ema'\), or",
     ),
     (dict(decode=True, networks="latents"), "names the autoencoder nowhere; .*: unknown network"),
-    (dict(decode=True, autoencoder="fashion-s"), r"Network\('fashion-s', .*\) is no autoencoder"),
+    (
+        dict(decode=True, autoencoder="fashion-s"),
+        "fashion-s.* is not an autoencoder",
+    ),
     (dict(decode=True, autoencoder="fashoin-s"), "unknown network 'fashoin-s'; did you mean"),
     (dict(networks="autoencoders"), "their autoencoder differs, one and two"),
     (dict(eta=np.float32(2)), "eta must be between 0 and 1, got 2"),

@@ -400,7 +400,7 @@ def test_another_size_and_encoder(of_texts, loaded_once, once):
         (dict(metrics=["accuracy"]), "accuracy cannot be measured: clip knows no classes"),
         (dict(negative=["x", "y"]), "negative must be one text"),
         (dict(text_encoder="nowhere"), "nowhere"),
-        (dict(text_encoder=["words"] * 3), "with one for each of the 2.*got 3"),
+        (dict(text_encoder=["words"] * 3), "with one entry for each of the 2, got 3"),
         (dict(text_encoder=["words", ""]), "the name of a network is empty"),
         (dict(text_encoder=3), "text_encoder must be a name or a list of names, got 3"),
     ],

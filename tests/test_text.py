@@ -251,7 +251,7 @@ def test_bad_conditioning_is_refused(pair, monkeypatch):
         (pair, dict(cond=context, negative=context[:, :4]), r"like the context, \(2, 5, 3\)"),
         (pair, dict(cond=context[..., :2], negative=context),
          "a takes contexts of width 3, cond has them of 2"),
-        (pair, dict(context=[context] * 3, negative=context), "cond must be .* 2, got 3"),
+        (pair, dict(cond=[context] * 3, negative=context), "cond must be .* 2, got 3"),
         (pair, dict(cond=context[0, :2], negative=context), r"got float32 \(3,\)"),
         (pair, dict(cond=context + np.nan, negative=context), "not finite"),
         ([pair[0], network_of("three", channels=3)], dict(cond=context),
