@@ -149,7 +149,7 @@ def convert(
 
     Raises:
         CheckpointError: If the checkpoint cannot be read, or is no network that is known here;
-            lists every missing, superfluous and misshapen tensor.
+            lists every missing, unexpected and misshapen tensor.
         ValueError: If there is something else at ``out``, or the family is unknown.
         OSError: If it cannot be written.
     """

@@ -216,3 +216,32 @@ def test_a_closed_form_is_sampled_like_a_network():
     stages = [ts.cfg(network.denoiser, 2.0, channels=3) for network in pair]
     expected = ts.run(ts.stitch(stages, plan), ts.ddim(), KNOTS, X, cond=COND)
     assert relative(images, expected) < 1e-5
+
+
+@ts.record
+class Counts:
+    """A denoiser whose preparation is not idempotent."""
+
+    times: jax.Array
+
+    def __call__(self, x, knot, cond):
+        x0 = jnp.full_like(x, self.times)
+        return ts.Prediction(x0, (x - knot.alpha * x0) / knot.sigma)
+
+    def prepare(self, shape, cond, platform):
+        return Counts(self.times + 1), cond
+
+
+def test_every_way_prepares_once():
+    networks = [
+        dataclasses.replace(closed_network(0.7, name=name), denoiser=Counts(jnp.float32(0)))
+        for name in "ab"
+    ]
+    expected = ts.run(networks[0].denoiser, ts.ddim(), KNOTS, X, cond=LABELS)
+    np.testing.assert_allclose(expected, 1, atol=1e-5)
+    sampler = ts.Sampler(
+        networks, plan=[0.5, 0.5], steps=4, guidance=ts.Guidance(None, weak_scale=2.0)
+    )
+    for callback in (None, lambda step: None):
+        samples = sampler(jax.random.key(0), labels=[3, 7], decode=False, callback=callback)
+        np.testing.assert_allclose(samples.latents, 1, atol=1e-5)

@@ -47,9 +47,9 @@ def unloadable(monkeypatch):
         (dict(plan=[0.5, 0.6]), "fractions must sum to 1"),
         (dict(plan="half"), "plan must be a ts.Plan or fractions, got 'half'"),
         (dict(plan=ts.Plan.from_counts([3, 3])), "the plan has 6 steps, the sampler 10"),
-        (dict(guidance="much"), "cfg_scale must be a number or None, got 'much'"),
+        (dict(guidance="much"), "the guidance scale must be a number or None, got 'much'"),
         (dict(guidance=[1.5]), "got 1 entries"),
-        (dict(guidance=ts.Guidance(2.0, rescale=2)), "cfg_rescale must be between 0 and 1"),
+        (dict(guidance=ts.Guidance(2.0, rescale=2)), "rescale of guidance must be between 0 and 1"),
         (dict(guidance=ts.Guidance(2.0, interval=(5, "a"))), "must be two noise levels"),
         (dict(dtype="float8"), "dtype must be float32 or bfloat16, got 'float8'"),
         (dict(solver="lcm"), "needs consistency networks, and the card of fashion-s"),
@@ -160,5 +160,5 @@ def test_plans(sampler):
     assert single.plan.counts() == (3,)
     unplanned = ts.Sampler([images_of(), images_of(0.4)], steps=6)
     assert unplanned.plan is None
-    with pytest.raises(ValueError, match="give fractions or a plan for the 2 networks"):
+    with pytest.raises(ValueError, match="give a plan or fractions for the 2 networks"):
         unplanned(KEY, labels=[0])

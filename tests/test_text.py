@@ -232,7 +232,7 @@ def test_bad_conditioning_is_refused(pair, monkeypatch):
         (pair, {}, "a is conditioned on texts; give prompts, or the encoded texts as cond$"),
         (pair, dict(prompts=TEXTS, cond=context, text_encoder=encoder),
          "give prompts, or the encoded texts as cond, not both"),
-        (pair, dict(labels=[1, 2]), "a has no classes"),
+        (pair, dict(labels=[1, 2]), "a does not take labels"),
         ([classes], dict(prompts=TEXTS, labels=[1]), "tiny is conditioned on classes; leave out"),
         ([classes], {}, "tiny is conditioned on classes; give labels"),
         (pair, dict(prompts="a cat", text_encoder=encoder),

@@ -487,7 +487,7 @@ def kernels_in_the_loop(asked):
 
 def are_prepared(asked):
     """Whether the kernels of each network are there before the loop."""
-    params = [denoiser.params for denoiser in asked.prepared().inputs.denoisers]
+    params = [ready.denoiser.params for ready in asked.prepared().inputs.denoisers]
     return [isinstance(own, Prepared) and len(jax.tree.leaves(own.forms)) > 0 for own in params]
 
 

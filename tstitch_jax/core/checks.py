@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def shown(value: Any) -> str:
@@ -62,9 +64,17 @@ def check_seed(seed: Any) -> int:
 
 
 def to_builtin(value: Any) -> Any:
-    """An option as JSON holds it."""
+    """An option as JSON holds it; functions by name, tracers as ``"traced"``."""
+    if isinstance(value, Tracer):
+        return "traced"
     if is_list(value):
         return [to_builtin(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): to_builtin(each) for key, each in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_builtin(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
     return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from tstitch_jax.core.checks import shown
 from tstitch_jax.core.plan import Plan
 from tstitch_jax.core.prediction import check_target, predict
 from tstitch_jax.core.types import (
@@ -34,7 +35,8 @@ def as_condition(cond: Any) -> Condition:
 
 def as_pytree(denoiser: Denoiser) -> Denoiser:
     """A denoiser that ``jit`` takes as an argument: a plain function becomes static data of one."""
-    if callable(denoiser) and jax.tree.leaves(denoiser) == [denoiser]:
+    leaves = jax.tree.leaves(denoiser)
+    if callable(denoiser) and len(leaves) == 1 and leaves[0] is denoiser:
         return jax.tree_util.Partial(denoiser)
     return denoiser
 
@@ -56,6 +58,16 @@ def prepare(
     """
     method = getattr(denoiser, "prepare", None)
     return (denoiser, cond) if method is None else method(shape, cond, platform)
+
+
+@record
+class Ready:
+    """A denoiser that was prepared, and is not prepared again."""
+
+    denoiser: Denoiser
+
+    def __call__(self, x: jax.Array, knot: Knots, cond: Condition, /) -> Prediction:
+        return self.denoiser(x, knot, cond)
 
 
 @record
@@ -173,11 +185,15 @@ def stitch(denoisers: Sequence[Denoiser], plan: Plan) -> Stitched:
         ValueError: If the plan is for another number of networks; while tracing, if it is for
             another number of steps, or is mapped by ``vmap``.
     """
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"plan must be a ts.Plan, got {shown(plan)}; Plan.from_fractions makes one of fractions"
+        )
     if len(denoisers) != plan.num_networks:
         raise ValueError(
             f"the plan is for {plan.num_networks} networks, got {len(denoisers)} denoisers"
         )
-    return Stitched(tuple(denoisers), plan)
+    return Stitched(tuple(map(as_pytree, denoisers)), plan)
 
 
 @record
@@ -210,7 +226,7 @@ def with_cond(denoiser: Denoiser, part: int | str) -> WithCond:
         denoiser: The denoiser.
         part: Which entry of the condition's halves it reads: an index or a key.
     """
-    return WithCond(denoiser, part)
+    return WithCond(as_pytree(denoiser), part)
 
 
 def prepare_each(
@@ -252,7 +268,7 @@ class WithoutVariance(Wrapper):
 
 def without_variance(denoiser: Denoiser) -> WithoutVariance:
     """The same denoiser without its learned variance, to stitch it with one that has none."""
-    return WithoutVariance(denoiser)
+    return WithoutVariance(as_pytree(denoiser))
 
 
 @record
@@ -291,7 +307,7 @@ def at_equal_snr(denoiser: Denoiser, grid: Knots) -> AtEqualSNR:
     Raises:
         ValueError: While tracing, if the two grids differ in length.
     """
-    return AtEqualSNR(denoiser, grid)
+    return AtEqualSNR(as_pytree(denoiser), grid)
 
 
 def in_chunks(code: Callable[..., Any], size: int, *batches: Any) -> Any:
@@ -339,4 +355,4 @@ def by_rows(denoiser: Denoiser, rows: int | None) -> Denoiser:
     A TPU's fast memory holds the activations of so many rows (``Network.rows``). Other platforms
     gain nothing from pieces.
     """
-    return denoiser if rows is None else ByRows(denoiser, rows)
+    return denoiser if rows is None else ByRows(as_pytree(denoiser), rows)

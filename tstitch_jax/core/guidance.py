@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from tstitch_jax.core.checks import check_number, shown
-from tstitch_jax.core.denoisers import Wrapper, choose, prepare_each
+from tstitch_jax.core.checks import as_array, check_number, shown
+from tstitch_jax.core.denoisers import Wrapper, as_pytree, choose, prepare_each
 from tstitch_jax.core.plan import TOLERANCE
 from tstitch_jax.core.prediction import predict
 from tstitch_jax.core.types import Condition, Denoiser, Knots, Leaf, Prediction, record, static
@@ -16,7 +16,12 @@ from tstitch_jax.core.types import Condition, Denoiser, Knots, Leaf, Prediction,
 
 def as_scale(scale: ArrayLike) -> Leaf:
     """A guidance scale as a float32 array, so that any number runs in the same executable."""
-    return scale if isinstance(scale, jax.Array) else np.asarray(scale, np.float32)
+    if isinstance(scale, jax.Array):
+        return scale
+    numbers = as_array(scale)
+    if numbers.dtype.kind not in "iuf":
+        raise ValueError(f"a guidance scale must be a number or one per step, got {shown(scale)}")
+    return numbers.astype(np.float32)
 
 
 def _scale_here(scale: Leaf, knot: Knots) -> tuple[jax.Array, bool]:
@@ -148,7 +153,9 @@ def cfg(
     if not isinstance(rescale, jax.Array):
         rescale = check_number("rescale", rescale, low=0, high=1)
     none = not isinstance(rescale, jax.Array) and rescale == 0
-    return Guided(denoiser, as_scale(scale), None if none else as_scale(rescale), channels)
+    return Guided(
+        as_pytree(denoiser), as_scale(scale), None if none else as_scale(rescale), channels
+    )
 
 
 @record
@@ -196,7 +203,7 @@ def autoguide(
     Returns:
         A denoiser whose variance, if any, is that of ``denoiser``.
     """
-    return Autoguided(denoiser, weak, as_scale(scale), channels)
+    return Autoguided(as_pytree(denoiser), as_pytree(weak), as_scale(scale), channels)
 
 
 def guidance_interval(scale: float, knots: Knots, low: float, high: float) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from tstitch_jax.core.checks import shown
 from tstitch_jax.core.denoisers import as_condition, as_pytree, prepare
 from tstitch_jax.core.types import Condition, Denoiser, Key, Knots, Prediction, Solver, State
 
@@ -69,6 +70,8 @@ def _advance(
 
 
 def _check(solver: Solver, knots: Knots, keys: jax.Array | None, noise: Any) -> Knots:
+    if not isinstance(solver, Solver):
+        raise ValueError(f"solver must be a ts.Solver such as ts.ddim(), got {shown(solver)}")
     if solver.stochastic and (keys is None) == (noise is None):
         raise ValueError("a stochastic solver needs either keys or noise")
     if noise is not None and noise.shape[0] != knots.steps:

@@ -299,7 +299,7 @@ class Plan:
         return float(np.dot(self.counts(), self._costs(per_step)))
 
     def speedup(self, per_step: Sequence[float | int] | np.ndarray) -> float:
-        """How many times cheaper than the dearest network alone.
+        """How many times cheaper than the most expensive network alone.
 
         Raises:
             ValueError: If there is not one cost for each network, all above 0.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from tstitch_jax.core.checks import unknown
+from tstitch_jax.core.checks import shown, unknown
 from tstitch_jax.hub.catalog import PUBLIC, known, public, short_name
 from tstitch_jax.hub.download import download, network_folder
 from tstitch_jax.models import store
@@ -79,6 +79,8 @@ def resolve(name: str | os.PathLike[str]) -> Path | epath.Path:
             network cannot be downloaded or converted.
         OSError: If the disk is full.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"a network is loaded by name or path, got {shown(name)}")
     text = str(name)
     if not text:
         raise ValueError("the name of a network is empty")

@@ -13,7 +13,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from tstitch_jax.core.checks import check_seed
+from tstitch_jax.core.checks import check_seed, shown
 from tstitch_jax.core.files import check_writable, whole_file
 from tstitch_jax.core.plan import Plan
 from tstitch_jax.core.types import Condition
@@ -98,6 +98,8 @@ def export(
     if wrong or not platforms:
         raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, got {wrong}")
     check_seed(seed)
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler must be a ts.Sampler, got {shown(sampler)}")
     networks = sampler.networks
     request = sampler.request(
         jax.random.key(seed), labels=labels, prompts=prompts, cond=cond, negative=negative,

@@ -1,4 +1,4 @@
-"""Many images: a job over all devices and hosts that can be stopped and goes on."""
+"""Many images: a resumable job over all devices and hosts."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tstitch_jax.core.types import Condition
 from tstitch_jax.jobs.hosts import HostError, Hosts, tell_all
 from tstitch_jax.jobs.shards import SAMPLES, Shards, differences
 from tstitch_jax.models import devices
+from tstitch_jax.models.build import checksum
 from tstitch_jax.models.conditioning import check_texts
 from tstitch_jax.models.types import Autoencoder, Network, TextEncoder
 from tstitch_jax.sampling.checks import MAX_BATCH
@@ -49,6 +50,7 @@ def _settings(
 
     def seen(owner: Network | Autoencoder | TextEncoder) -> dict[str, Any]:
         card = dataclasses.asdict(owner.card)
+        card["checksum"] = card["checksum"] or checksum(owner.tree)
         return {name: value for name, value in card.items() if name not in _UNSEEN}
 
     return {
@@ -58,6 +60,8 @@ def _settings(
         "cards": [seen(owner) for owner in owners],
         "dtypes": [sorted({str(leaf.dtype) for leaf in own}) for own in leaves],
         "plan": np.asarray(request.plan.networks).tolist(),
+        "alpha": np.asarray(request.inputs.knots.alpha, np.float64).tolist(),
+        "sigma": np.asarray(request.inputs.knots.sigma, np.float64).tolist(),
         "size": request.config.shape,
         "channels": request.config.channels,
         "seed": seed,
@@ -65,6 +69,10 @@ def _settings(
         "batch": batch,
         "platform": next(iter(leaves[0][0].devices())).platform,
         "jax": jax.__version__,
+        "random numbers": [
+            jax.config.jax_default_prng_impl,  # pyright: ignore[reportAttributeAccessIssue]
+            jax.config.jax_threefry_partitionable,  # pyright: ignore[reportAttributeAccessIssue]
+        ],
         "matmul precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
         "model devices": 1 if mesh is None else mesh.shape[devices.MODEL],
     }
@@ -213,14 +221,9 @@ def generate(
             raise ValueError(
                 f"labels must be one list of class labels for all networks, got {shown(labels)}"
             )
-        few = min(cards, key=lambda card: card.num_classes)
-        if few.num_classes != cards[-1].num_classes:
-            raise ValueError(
-                f"{few.name} and {cards[-1].name} differ in their number of classes: all networks "
-                "of a job are given the same labels; a sampler takes a list for each"
-            )
-        numbers = sampler.condition(labels=list(labels)).given[0]  # names as numbers, all checked
-        cycle: list[Any] = [int(label) for label in numbers]
+        cycle: list[Any] = list(labels)
+        numbers = np.stack(sampler.condition(labels=cycle).given)  # by network, all checked
+        label_numbers = numbers[-1]
         encoders: list[TextEncoder] = []
 
         def condition_of(chosen: list[Any]) -> Condition:
@@ -231,7 +234,8 @@ def generate(
             raise ValueError("prompts are for networks that are all conditioned on texts alone")
         if negative is not None and not isinstance(negative, str):
             raise ValueError(f"negative must be one text, got {shown(negative)}")
-        cycle = check_texts("prompts", prompts)
+        cycle, numbers = check_texts("prompts", prompts), np.empty(0)
+        label_numbers = numbers
         encoders = sampler.text_encoders()
 
         def condition_of(chosen: list[Any]) -> Condition:
@@ -245,7 +249,10 @@ def generate(
     teams = _teams(sampler, request)
     request_of_team = teams[0].request
     shape = jax.eval_shape(request_of_team.function, request_of_team.inputs)[0][0].shape[1:]
-    asked = {"labels": cycle} if prompts is None else {"prompts": cycle, "negative": negative or ""}
+    asked: dict[str, Any] = {"prompts": cycle, "negative": negative or ""}
+    if prompts is None:
+        same = (numbers == label_numbers).all()
+        asked = {"labels": label_numbers.tolist() if same else numbers.tolist()}
     settings = _settings(sampler, request, encoders, seed, asked, batch)
     shards = Shards(Path(out), settings, batch, shape)
     _check_hosts(shards.settings | {"num": num})
@@ -269,7 +276,7 @@ def generate(
         if leader:
             silent = not progress
             of_all = np.arange(num) % len(cycle)
-            labels_of = of_all if prompts is not None else np.array(cycle)[of_all]
+            labels_of = of_all if prompts is not None else label_numbers[of_all]
             return shards.join(
                 num,
                 labels_of,

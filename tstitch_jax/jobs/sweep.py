@@ -1,4 +1,4 @@
-"""Quality against time over many ways of sampling: a job that can be stopped and goes on."""
+"""Quality against time over many ways of sampling: a resumable job."""
 
 from __future__ import annotations
 

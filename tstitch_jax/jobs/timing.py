@@ -30,7 +30,7 @@ def passes(request: SampleRequest) -> np.ndarray:
         float64 ``[K, N, K]``: entry ``[k, i, m]`` says how often it goes through network m in step
         i if network k takes that step.
     """
-    inputs, weak = request.inputs, request.config.weak
+    inputs = request.inputs
     count, steps = len(inputs.denoisers), request.plan.steps
 
     def guided(scale: Any) -> np.ndarray:
@@ -42,8 +42,8 @@ def passes(request: SampleRequest) -> np.ndarray:
     counts = np.zeros((count, steps, count))
     for k, scale in enumerate(inputs.scales):
         counts[k, :, k] += 1 + guided(scale)
-        if k != weak:
-            counts[k, :, weak] += guided(inputs.weak_scale)
+        if k:
+            counts[k, :, 0] += guided(inputs.weak_scale)
     return counts * inputs.solver.evaluations(inputs.knots)[:, None]
 
 

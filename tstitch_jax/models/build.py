@@ -56,6 +56,11 @@ def checksum(params: Params) -> str:
     return digest.hexdigest()
 
 
+def _hashable(value: Any) -> Any:
+    """A value of a card's configuration as a module's field, with tuples in place of lists."""
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+
+
 def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
     """The Flax module that a card describes, computing in ``dtype``.
 
@@ -74,7 +79,7 @@ def module_of(card: BaseCard, dtype: Any = jnp.float32) -> Any:
         more["image_shape"] = tuple(card.image_shape)
     try:
         return make(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in card.config.items()},
+            **{k: _hashable(v) for k, v in card.config.items()},
             **more,
             dtype=dtype,
         )
@@ -107,8 +112,6 @@ class FlaxApply:
         """Transforms the kernels of convolutions, which a loop on a CPU would do in every step."""
         module: Any = self.module
         if platform != "cpu" or not isinstance(module, UNet) or module.dtype != jnp.float32:
-            return params
-        if isinstance(params, Prepared):
             return params
         x, rows = jax.ShapeDtypeStruct(shape, jnp.float32), shape[0]
         inputs = jax.tree.map(

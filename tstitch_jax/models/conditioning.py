@@ -27,6 +27,7 @@ class ConditionRequest:
         negative: What guidance leads away from: a text or B beside ``prompts`` (None is the empty
             text), a context for one image or B beside ``cond``.
         encoder: The text encoder, for ``prompts``.
+        encoded: What encoders made of texts so far, shared by the requests of one call.
     """
 
     labels: Any = None
@@ -34,6 +35,7 @@ class ConditionRequest:
     cond: Any = None
     negative: Any = None
     encoder: Any = None
+    encoded: dict[Any, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable
@@ -116,10 +118,15 @@ class Texts:
                 f"negative must be one text or {len(request.prompts)}, one an image, "
                 f"got {len(null)}"
             )
-        given = encode_texts(encoder, request.prompts)
-        if not guided:
-            return Condition(given)
-        return Condition(given, jnp.broadcast_to(encode_texts(encoder, null), given.shape))
+
+        def encoded(texts: Sequence[str]) -> jax.Array:
+            key = id(encoder), tuple(texts)
+            if key not in request.encoded:
+                request.encoded[key] = encode_texts(encoder, texts)
+            return request.encoded[key]
+
+        given = encoded(request.prompts)
+        return Condition(given, jnp.broadcast_to(encoded(null), given.shape) if guided else None)
 
     def _given(self, request: ConditionRequest, guided: bool) -> Condition:
         given, negative = self._context("cond", request.cond), request.negative
@@ -165,7 +172,9 @@ def check_texts(name: str, texts: Any) -> list[str]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{name} holds a text that is no UTF-8: {shown(text)}") from None
+            raise ValueError(
+                f"{name} holds a text that is not valid UTF-8: {shown(text)}"
+            ) from None
     return list(texts)
 
 
@@ -194,7 +203,7 @@ def check_encoder(encoder: Any, card: Card) -> TextEncoder:
     if not isinstance(encoder, TextEncoder):
         name = card.text_encoder or "sd-text-encoder"
         raise ValueError(
-            f"{card.name} takes texts as a text encoder makes contexts of them; give "
+            f"{card.name} takes encoded texts; give "
             f"text_encoder=ts.load({name!r}), got {shown(encoder)}"
         )
     if encoder.tokenizer is None:

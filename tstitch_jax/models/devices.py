@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -114,7 +115,8 @@ def shard(network: N, mesh: Mesh) -> N:
         ValueError: If the mesh has other axes.
     """
     copies = not isinstance(network, Network)
-    return network.with_params(shard_params(network.params, mesh, copies=copies))
+    params = shard_params(network.params, mesh, copies=copies)
+    return dataclasses.replace(network.with_params(params), card=network.card)
 
 
 def mesh_of(*owners: Network | Autoencoder | None) -> Mesh | None:
@@ -169,7 +171,7 @@ def fill(mesh: Mesh, value: np.ndarray) -> np.ndarray:
 
 
 def each_device(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Any:
-    """``function``, run along "data" by each device on its own part, of which alone it knows.
+    """``function``, run along "data" by each device, which sees only its own shard.
 
     No device then waits for another. Along "model" jit spreads the work as the parameters lie.
 

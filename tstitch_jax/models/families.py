@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from tstitch_jax.core.checks import unknown
+from tstitch_jax.core.checks import shown, unknown
 from tstitch_jax.models.cards import AutoencoderCard, BaseCard, Card, FeatureCard, TextEncoderCard
 from tstitch_jax.models.conditioning import Conditioner, Labels, Texts
 
@@ -52,6 +52,8 @@ def register(family: Family) -> None:
     Raises:
         ValueError: If another family has the name.
     """
+    if not isinstance(family, Family):
+        raise ValueError(f"register takes a ts.Family, got {shown(family)}")
     if FAMILIES.setdefault(family.name, family) != family:
         raise ValueError(f"there is another family named {family.name!r}; choose another name")
 
@@ -63,7 +65,8 @@ def family_of(card: BaseCard) -> Family:
         ValueError: If the architecture is unknown.
     """
     if card.architecture not in FAMILIES:
-        raise unknown("architecture", card.architecture, FAMILIES)
+        hint = "; a family of another package is added by ts.register"
+        raise ValueError(f"{unknown('architecture', card.architecture, FAMILIES)}{hint}")
     return FAMILIES[card.architecture]
 
 

@@ -22,9 +22,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from tstitch_jax.core.checks import first_line
 from tstitch_jax.core.types import Params
 from tstitch_jax.models import devices
-from tstitch_jax.models.build import build, checksum, takes_texts
+from tstitch_jax.models.build import build, checksum, parse_dtype, takes_texts
 from tstitch_jax.models.cards import BaseCard, Card, parse_card
-from tstitch_jax.models.families import FAMILIES
+from tstitch_jax.models.families import FAMILIES, family_of
 from tstitch_jax.models.tokenizer import read_tokenizer
 from tstitch_jax.models.types import (
     Autoencoder,
@@ -224,6 +224,8 @@ def load(folder: epath.PathLike, dtype: Any = jnp.float32, *, mesh: Mesh | None 
 
     path = _absolute(folder)
     card = read_card(folder)
+    parse_dtype(dtype)
+    family_of(card)
     damaged = f"network folder {folder} is damaged"
     stored = path / "params"
     if not stored.is_dir():

@@ -154,9 +154,10 @@ class _Owner:
         return self.tree.params
 
     def with_params(self: Owner, params: Params) -> Owner:
-        """The same network with other parameters of the same shapes."""
+        """The same network with other parameters of the same shapes, and no checksum."""
         tree = dataclasses.replace(self.tree, params=params)
-        return dataclasses.replace(self, **{self._tree: tree})  # pyright: ignore
+        card = dataclasses.replace(self.card, checksum="")
+        return dataclasses.replace(self, card=card, **{self._tree: tree})  # pyright: ignore
 
     def __repr__(self) -> str:
         card, kind = self.card, type(self).__name__

@@ -15,7 +15,7 @@ from tstitch_jax.models.cards import Card
 from tstitch_jax.models.types import Autoencoder, FeatureNetwork, Network, TextEncoder
 
 MAX_BATCH = 2**16
-"""Images of a device at a time at most: more than any holds, and lists of as many are no burden."""
+"""Upper limit on images per device."""
 
 
 _MOST_PIXELS = 2**16
@@ -34,9 +34,7 @@ def check_networks(networks: Sequence[Any]) -> None:
                 f"{each.card.name} is a text encoder, not a denoiser; give it as the text_encoder"
             )
         if isinstance(each, FeatureNetwork):
-            raise ValueError(
-                f"{each.card.name} says features of images and draws none; give a denoiser"
-            )
+            raise ValueError(f"{each.card.name} is a feature network, not a denoiser")
     if not isinstance(networks, Sequence) or not all(isinstance(n, Network) for n in networks):
         raise ValueError(
             "networks must be a list of names, paths or what ts.load returns, "
@@ -138,6 +136,11 @@ def check_images(name: str, value: Any, shape: tuple[int, ...], what: str) -> ja
 def check_key(key: Any) -> None:
     """Raises ValueError unless it is one key, typed or of the older kind."""
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if typed and str(jax.random.key_impl(key)) not in ("fry", "threefry2x32"):
+        raise ValueError(
+            f"key must be of the kind threefry2x32, got {jax.random.key_impl(key)}, whose numbers "
+            "for one image depend on the batch; give jax.random.key(seed, impl='threefry2x32')"
+        )
     older = isinstance(key, jax.Array) and (key.shape, key.dtype) == ((2,), jnp.uint32)
     if not older and not (typed and key.ndim == 0):
         raise ValueError(f"key must be one key from jax.random.key, got {shown(key)}")
@@ -148,8 +151,8 @@ def check_scales(cfg_scale: Any, networks: int, steps: int) -> list[Any]:
     if is_list(cfg_scale):
         if len(cfg_scale) != networks:
             raise ValueError(
-                f"cfg_scale must be one number or None for all, or a list with one entry for each "
-                f"of the {networks} networks, got {len(cfg_scale)} entries"
+                f"the guidance scale must be one number or None for all, or a list with one entry "
+                f"for each of the {networks} networks, got {len(cfg_scale)} entries"
             )
         scales = list(cfg_scale)
     else:
@@ -158,11 +161,15 @@ def check_scales(cfg_scale: Any, networks: int, steps: int) -> list[Any]:
     for scale in scales:
         if is_list(scale):
             if len(scale) != steps:
-                raise ValueError(f"cfg_scale per step needs {steps} numbers, got {len(scale)}")
-            numbers = [check_number("cfg_scale", value) for value in scale]
+                raise ValueError(
+                    f"a guidance scale per step needs {steps} numbers, got {len(scale)}"
+                )
+            numbers = [check_number("the guidance scale", value) for value in scale]
             checked.append(np.array(numbers, np.float32))
         else:
-            checked.append(None if scale is None else check_number("cfg_scale", scale, " or None"))
+            checked.append(
+                None if scale is None else check_number("the guidance scale", scale, " or None")
+            )
     return checked
 
 

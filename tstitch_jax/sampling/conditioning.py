@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tstitch_jax.core.checks import is_list
+from tstitch_jax.core.checks import is_list, shown
 from tstitch_jax.core.types import Condition
 from tstitch_jax.models.conditioning import Conditioner, ConditionRequest, check_texts
 
@@ -47,8 +47,8 @@ def make_condition(
 ) -> Condition:
     """A condition whose halves are tuples with an entry for each network.
 
-    Labels go to the networks that take labels, prompts or contexts to the others. What equal
-    conditioners make of the same request is made once.
+    Labels go to the networks that take labels, prompts or contexts to the others. Each encoder
+    encodes a text once.
 
     Args:
         names: The networks' names, for errors.
@@ -61,6 +61,8 @@ def make_condition(
         ValueError: If something is missing, superfluous, or does not fit a network.
     """
     kinds = [conditioner.takes for conditioner in conditioners]
+    if wrong := [kind for kind in kinds if kind not in ("labels", "prompts")]:
+        raise ValueError(f"a conditioner takes 'labels' or 'prompts', got {shown(wrong[0])}")
     by_label = [k for k, kind in enumerate(kinds) if kind == "labels"]
     by_text = [k for k, kind in enumerate(kinds) if kind == "prompts"]
     requests: dict[int, ConditionRequest] = {}
@@ -76,14 +78,19 @@ def make_condition(
                     f"classes differs, {counts[by_label[0]]} and {count}; give a list of labels "
                     "for each network"
                 )
+        cards = [getattr(conditioners[k], "card", None) for k in by_label]
+        known = {card.class_names for card in cards if card is not None and card.class_names}
+        if single and len(known) > 1 and not all(isinstance(each, str) for each in labels):
+            raise ValueError(
+                f"the classes of {' and '.join(names[k] for k in by_label)} have different names; "
+                "give class names, or a list of labels for each network"
+            )
         for k, each in zip(
             by_label, _per_network("labels", labels, len(by_label), single), strict=True
         ):
             requests[k] = ConditionRequest(labels=each)
     elif labels is not None:
-        raise ValueError(
-            f"{names[0]} has no classes that labels could be of; give prompts or a context"
-        )
+        raise ValueError(f"{names[0]} does not take labels; give prompts")
     if by_text:
         if (cond is None) == (prompts is None):
             raise ValueError(
@@ -99,9 +106,9 @@ def make_condition(
             )
             made = [ConditionRequest(cond=each, negative=other) for each, other in values]
         else:
-            texts = check_texts("prompts", prompts)
+            texts, encoded = check_texts("prompts", prompts), {}
             made = [
-                ConditionRequest(prompts=texts, negative=negative, encoder=encoder)
+                ConditionRequest(prompts=texts, negative=negative, encoder=encoder, encoded=encoded)
                 for encoder in _per_network("text_encoder", text_encoder, count, False)
             ]
         requests |= zip(by_text, made, strict=True)
@@ -110,16 +117,7 @@ def make_condition(
             f"{names[0]} is conditioned on classes; leave out prompts, cond, negative and "
             "text_encoder"
         )
-    conditions, known = [], {}
-    for k, conditioner in enumerate(conditioners):
-        request = requests[k]
-        if request.prompts is None:
-            conditions.append(conditioner.encode(request, guided[k]))
-            continue
-        key = (type(conditioner), id(request.encoder), guided[k])
-        if key not in known:
-            known[key] = conditioner.encode(request, guided[k])
-        conditions.append(known[key])
+    conditions = [each.encode(requests[k], guided[k]) for k, each in enumerate(conditioners)]
     counts = dict.fromkeys(len(jax.tree.leaves(each.given)[0]) for each in conditions)
     if len(counts) > 1:
         raise ValueError(
@@ -127,3 +125,29 @@ def make_condition(
             f"{' and '.join(map(str, counts))}"
         )
     return Condition(tuple(each.given for each in conditions), tuple(e.null for e in conditions))
+
+
+def check_condition(cond: Condition, guided: Sequence[bool]) -> Condition:
+    """A condition made elsewhere, with halves that are tuples of an entry per network.
+
+    Raises:
+        ValueError: If it does not fit the number of networks, lacks a null half where one is
+            guided, or is for different numbers of images.
+    """
+    count = len(guided)
+    given, null = ((half,) if count == 1 and not isinstance(half, tuple) else half for half in cond)
+    null = (None,) * count if null is None else null
+    halves = (given, null)
+    if any(not isinstance(half, tuple) or len(half) != count for half in halves):
+        raise ValueError(
+            f"a condition for {count} networks has halves that are tuples of {count} entries"
+        )
+    if any(scaled and entry is None for scaled, entry in zip(guided, null, strict=True)):
+        raise ValueError(
+            "guidance needs the null half of the condition; give it, or turn guidance off"
+        )
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(halves)}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(f"a condition has one leading batch axis, got sizes {sorted(sizes)}")
+    unguided = [entry if scaled else None for scaled, entry in zip(guided, null, strict=True)]
+    return Condition(given, tuple(unguided))

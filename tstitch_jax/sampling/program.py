@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, UInt8
 
 from tstitch_jax.core.denoisers import (
+    Ready,
     at_equal_snr,
     by_rows,
     prepare,
@@ -84,7 +85,6 @@ class Config:
         mesh: Where the images are spread over devices; None for one device.
         platform: Where it runs, for what is computed before the loop; None for anywhere.
         keep: Which of ``"trajectory"`` and ``"predictions"`` are returned too.
-        weak: The network that guides the others under autoguidance.
     """
 
     shape: tuple[int, int, int]
@@ -95,7 +95,6 @@ class Config:
     mesh: Mesh | None
     platform: str | None
     keep: tuple[str, ...] = ()
-    weak: int = 0
 
 
 def assemble(inputs: Inputs, config: Config) -> Denoiser:
@@ -113,8 +112,8 @@ def assemble(inputs: Inputs, config: Config) -> Denoiser:
         if scale is not None:
             stage = cfg(stage, scale, channels, 0 if inputs.rescale is None else inputs.rescale)
         stage = with_cond(stage, k)
-        if k != config.weak and inputs.weak_scale is not None:
-            weak = with_cond(plain[config.weak], config.weak)
+        if k and inputs.weak_scale is not None:  # the first network guides the others
+            weak = with_cond(plain[0], 0)
             stage = autoguide(stage, weak, inputs.weak_scale, channels)
         stages.append(stage)
     return stitch(stages, inputs.plan)
@@ -128,7 +127,7 @@ def prepared(inputs: Inputs, config: Config) -> Inputs:
         shape = (len(inputs.indices) * (2 if guided else 1), *config.shape)
         cond = Condition(givens[k], nulls[k])
         denoiser, (givens[k], nulls[k]) = prepare(denoiser, shape, cond, config.platform)
-        denoisers.append(denoiser)
+        denoisers.append(Ready(denoiser))
     cond = Condition(tuple(givens), tuple(nulls))
     return inputs._replace(denoisers=tuple(denoisers), cond=cond)
 

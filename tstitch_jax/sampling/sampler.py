@@ -24,7 +24,7 @@ from tstitch_jax.core.solvers import make_solver
 from tstitch_jax.core.types import Condition, Key, Knots, Solver
 from tstitch_jax.hub import resolve
 from tstitch_jax.models import devices
-from tstitch_jax.models.build import outline
+from tstitch_jax.models.build import outline, parse_dtype
 from tstitch_jax.models.conditioning import Conditioner, check_texts
 from tstitch_jax.models.families import conditioner_of
 from tstitch_jax.models.types import Autoencoder, Network
@@ -38,7 +38,7 @@ from tstitch_jax.sampling.checks import (
     check_start,
     class_names,
 )
-from tstitch_jax.sampling.conditioning import make_condition
+from tstitch_jax.sampling.conditioning import check_condition, make_condition
 from tstitch_jax.sampling.options import Guidance
 from tstitch_jax.sampling.program import Config, Inputs, SampleRequest, place
 from tstitch_jax.sampling.samples import Samples
@@ -84,31 +84,39 @@ def parse_guidance(guidance: Any, networks: Sequence[Network], steps: int) -> Gu
         most = networks[-1].card.image_shape[2]
         if not isinstance(channels, int | np.integer) or not 0 < channels <= most:
             raise ValueError(
-                f"cfg_channels must be 1 to {most}, the channels of an image or latent, "
+                f"guided channels must be 1 to {most}, the channels of an image or latent, "
                 f"got {shown(channels)}"
             )
         channels = int(channels)
-    rescale = check_number("cfg_rescale", guidance.rescale, low=0, high=1)
+    rescale = check_number("the rescale of guidance", guidance.rescale, low=0, high=1)
     if rescale and unguided:
-        raise ValueError("cfg_rescale rescales guidance, but cfg_scale None guides nowhere")
+        raise ValueError("rescale changes guidance, but there is none: give a guidance scale")
     if weak_scale is not None:
-        weak_scale = check_number("auto_scale", weak_scale)
+        weak_scale = check_number("the scale of autoguidance", weak_scale)
         if len(networks) < 2:
             raise ValueError(
-                "auto_scale lets the first network guide the later ones, but there is only one"
+                "autoguidance lets the first network guide the later ones, but there is only one"
             )
     interval = guidance.interval
     if interval is not None:
         if unguided and weak_scale is None:
-            raise ValueError("cfg_interval says where to guide, but cfg_scale None guides nowhere")
-        for name, scale in (("cfg_scale", scales), ("auto_scale", [weak_scale])):
+            raise ValueError(
+                "the interval limits guidance, but there is none: give a guidance scale"
+            )
+        for name, scale in (
+            ("the guidance scale", scales),
+            ("the scale of autoguidance", [weak_scale]),
+        ):
             if any(isinstance(each, np.ndarray) for each in scale):
-                raise ValueError(f"give {name} per step or cfg_interval, not both")
+                raise ValueError(f"give {name} per step or an interval, not both")
         try:
             low, high = (float(bound) for bound in interval if is_list(interval))
+            if not 0 <= low < high:
+                raise ValueError
         except (TypeError, ValueError, OverflowError):
             raise ValueError(
-                f"cfg_interval must be two noise levels, low and high, got {shown(interval)}"
+                "the guidance interval must be two noise levels, 0 <= low < high, "
+                f"got {shown(interval)}"
             ) from None
         interval = low, high
     return Guidance(scales, interval, channels, rescale, weak_scale)
@@ -146,6 +154,7 @@ class Sampler:
         text_encoder: Any = None,
         dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
+        _loaded: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -176,13 +185,25 @@ class Sampler:
             plan=plan, steps=steps, spacing=spacing, solver=solver, guidance=guidance,
             autoencoder=autoencoder, text_encoder=text_encoder, dtype=dtype, mesh=mesh,
         )  # fmt: skip
+        parse_dtype(dtype)
+        self.solver = solver if isinstance(solver, Solver) else make_solver(solver)
+        if not dataclasses.is_dataclass(self.solver):
+            raise ValueError(
+                f"{type(self.solver).__name__} is not a record; decorate it by ts.record"
+            )
+        owners = [
+            each for each in (*networks, autoencoder) if isinstance(each, Network | Autoencoder)
+        ]
+        if mesh is None:  # what is loaded here goes where the others are
+            self._options["mesh"] = devices.mesh_of(*owners)
+        else:
+            networks = [devices.shard(n, mesh) if n in owners else n for n in networks]
         self._given = list(networks)
-        self._loaded: dict[Any, Any] = {}
+        self._loaded = {} if _loaded is None else _loaded
         self._networks = [self._outline(each) for each in self._given]
         check_networks(self._networks)
         last = self._networks[-1]
         self.knots = make_knots(last.schedule, steps, spacing)
-        self.solver = solver if isinstance(solver, Solver) else make_solver(solver)
         self.plan = None
         if plan is not None or len(self._networks) == 1:
             self.plan = parse_plan(plan, self._networks, self.knots)
@@ -228,10 +249,8 @@ class Sampler:
             changes: Arguments of ``Sampler``; ``dtype`` and ``mesh`` load anew.
         """
         networks = changes.pop("networks", self._given)
-        new = Sampler(networks, **(self._options | changes))
-        if not {"dtype", "mesh"} & changes.keys():
-            new._loaded |= self._loaded
-        return new
+        shared = None if {"dtype", "mesh"} & changes.keys() else self._loaded
+        return Sampler(networks, **(self._options | changes), _loaded=shared)
 
     @property
     def autoencoder(self) -> Autoencoder | None:
@@ -282,10 +301,13 @@ class Sampler:
     ) -> Condition:
         """The conditioning of a call: its halves are tuples with an entry for each network.
 
-        Takes the arguments of a call of the same names, or its own result as ``cond``.
+        Takes the arguments of a call of the same names, or such a condition as ``cond``; for a
+        single network, its halves need be no tuples.
         """
         if isinstance(cond, Condition):
-            return cond
+            if any(each is not None for each in (labels, prompts, negative)):
+                raise ValueError("a ts.Condition is complete; leave out labels, prompts, negative")
+            return check_condition(cond, [scale is not None for scale in self.guidance.scale])
         if prompts is not None and cond is None:
             check_texts("prompts", prompts)  # before an encoder is loaded
         return make_condition(
@@ -319,9 +341,10 @@ class Sampler:
         check_key(key)
         guidance, knots, plan = self.guidance, self.knots, self.plan
         if plan is None:
-            raise ValueError(f"give fractions or a plan for the {len(self._networks)} networks")
-        if wrong := [name for name in keep if name not in KEEP]:
-            raise ValueError(f"keep must be some of {', '.join(KEEP)}, got {shown(wrong[0])}")
+            raise ValueError(f"give a plan or fractions for the {len(self._networks)} networks")
+        keep = [keep] if isinstance(keep, str) else keep
+        if not is_list(keep) or any(name not in KEEP for name in keep):
+            raise ValueError(f"keep must be some of {', '.join(KEEP)}, got {shown(keep)}")
         coder = self.autoencoder if decode else None
         if decode:
             check_autoencoder(self._networks[-1], coder)
@@ -355,7 +378,10 @@ class Sampler:
 
         networks = self.networks
         mesh = devices.mesh_of(*networks, coder)
-        denoisers = tuple(as_pytree(network.denoiser) for network in networks)
+        denoisers = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf,
+            tuple(as_pytree(network.denoiser) for network in networks),
+        )
         spread = functools.partial(place, mesh, tree=denoisers)
         cards = [network.card for network in networks]
         schedule = networks[-1].schedule
@@ -452,7 +478,7 @@ class Sampler:
             trajectory=values.get("trajectory"),
             predictions=values.get("predictions"),
             names=self._names_of(request.batch, labels, prompts),
-            settings=self.settings(),
+            settings=self.settings() | {"size": size, "strength": strength, "negative": negative},
         )
 
     def _names_of(self, batch: int, labels: Any, prompts: Any) -> tuple[str, ...]:
@@ -471,10 +497,7 @@ class Sampler:
             "steps": self.knots.steps,
             "times": np.asarray(self.knots.time, np.float64).tolist(),
             "solver": self.solver.name,
-            "solver_options": {
-                field.name: to_builtin(getattr(self.solver, field.name))
-                for field in dataclasses.fields(self.solver)  # pyright: ignore[reportArgumentType]
-            },
+            "solver_options": to_builtin(self.solver),
             "guidance": [
                 each.tolist() if isinstance(each, np.ndarray) else each for each in guidance.scale
             ],
