@@ -523,7 +523,7 @@ def test_prompts(texts, tmp_path, capsys, monkeypatch):
         (["--prompt", "x", "--prompts", "texts.txt"], "--prompt or --prompts, not both"),
         (["--prompts", "none.txt"], "cannot read the prompts in none.txt"),
         (["--prompt", "x", "--size", "12", "21"], "multiples of 2 for a, got 12x21"),
-        (["--prompt", "x", "--text-encoder", texts["a"]], "needs|takes texts as a text encoder"),
+        (["--prompt", "x", "--text-encoder", texts["a"]], "needs|takes encoded texts"),
         (["--prompt", "x", "--start", "texts.txt", "--strength", "1"], "cannot read the image"),
         (["--prompt", "x", "--strength", "1"], "start and strength go together"),
     ):

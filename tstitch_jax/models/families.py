@@ -65,7 +65,7 @@ def family_of(card: BaseCard) -> Family:
         ValueError: If the architecture is unknown.
     """
     if card.architecture not in FAMILIES:
-        hint = "; a family of another package is added by ts.register"
+        hint = " (ts.register adds the family of another package)"
         raise ValueError(f"{unknown('architecture', card.architecture, FAMILIES)}{hint}")
     return FAMILIES[card.architecture]
 

@@ -225,7 +225,10 @@ def load(folder: epath.PathLike, dtype: Any = jnp.float32, *, mesh: Mesh | None 
     path = _absolute(folder)
     card = read_card(folder)
     parse_dtype(dtype)
-    family_of(card)
+    try:
+        family_of(card)
+    except ValueError as error:
+        raise ValueError(f"{path / 'card.json'}: {error}") from None
     damaged = f"network folder {folder} is damaged"
     stored = path / "params"
     if not stored.is_dir():
