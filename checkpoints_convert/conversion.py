@@ -194,7 +194,7 @@ def convert(
         tree = unflatten_dict(params, sep="/")
         card = dataclasses.replace(
             conversion.card,
-            name=name or out.absolute().name,
+            name=name or os.path.basename(os.path.abspath(os.fspath(out))),
             source=" + ".join(
                 [source.name if source_name is None else source_name]
                 + [f"{weight:g} {file.name}" for file, (_, weight) in zip(read, loras, strict=True)]
