@@ -14,6 +14,7 @@ from tstitch_jax.hub import resolve
 from tstitch_jax.sampling import program
 
 KEY = jax.random.key(0)
+ONE, NULL = np.array([1]), np.array([10])
 NAMES = tuple(f"class {k}" for k in range(10))
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -162,3 +163,44 @@ def test_plans(sampler):
     assert unplanned.plan is None
     with pytest.raises(ValueError, match="give a plan or fractions for the 2 networks"):
         unplanned(KEY, labels=[0])
+
+
+def test_samplers_that_replace_share_what_loads_later():
+    first = ts.Sampler("fashion-s", steps=2)
+    second = first.replace(steps=3)
+    assert second.networks[0] is first.networks[0]
+
+
+@pytest.mark.parametrize(
+    ("cond", "more", "message"),
+    [
+        (ts.Condition(ONE, NULL), {}, "halves that are tuples of 2 entries"),
+        (ts.Condition((ONE, ONE)), {}, "guidance needs the null half"),
+        (ts.Condition((np.array([1, 2]), ONE), (NULL, NULL)), {}, "one leading batch axis"),
+        (ts.Condition((ONE, ONE), (NULL, NULL)), dict(labels=[1]), "is complete; leave out"),
+    ],
+)
+def test_conditions_that_do_not_fit(sampler, cond, more, message):
+    with pytest.raises(ValueError, match=message):
+        sampler(KEY, cond=cond, **more)
+
+
+def test_networks_whose_classes_have_other_names():
+    pair = [images_of(), images_of(0.4, name="other", class_names=NAMES[::-1])]
+    sampler = ts.Sampler(pair, plan=[0.5, 0.5], steps=2)
+    with pytest.raises(ValueError, match="have different names; give class names"):
+        sampler(KEY, labels=[1])
+    given = sampler.condition(labels=["class 1"]).given
+    assert [int(each[0]) for each in given] == [1, 8]
+
+
+def test_keys_whose_numbers_depend_on_the_batch_are_refused(sampler):
+    with pytest.raises(ValueError, match="key must be of the kind threefry2x32, got rbg"):
+        sampler(jax.random.key(0, impl="rbg"), labels=[0])
+
+
+def test_other_weights_have_no_checksum():
+    network = tiny_network()
+    changed = network.with_params(jax.tree.map(lambda v: 2 * v, network.params))
+    assert network.card.checksum
+    assert not changed.card.checksum
