@@ -199,7 +199,7 @@ def generate(
         The path of ``samples.npz``.
 
     Raises:
-        ValueError: If an argument is not as said, the folder holds other things or images of other
+        ValueError: If an argument is invalid, the folder holds other things or images of other
             settings, or another process works on it; before anything is compiled.
         OSError: If a file cannot be written, or another host has failed (``HostError``). What is
             done is kept.
